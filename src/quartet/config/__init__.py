@@ -1,0 +1,28 @@
+"""The configuration: one YAML file, validated once, frozen afterwards."""
+
+from quartet.config.load import load_config, parse_config
+from quartet.config.schema import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelsConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "LoraConfig",
+    "ModelsConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RewardSourceConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,104 @@
+"""From YAML and dotted overrides to a `Config`; everything wrong becomes one sentence (`ConfigError`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from quartet.config.schema import Config
+from quartet.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: file missing or unreadable, override without `=`, unknown key (the nearest known one is named),
+            or a value that does not fit its field.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise ConfigError(f"the configuration file {str(source)!r} does not exist; give the path of a YAML file")
+    try:
+        tree = OmegaConf.load(source)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{source} is not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{source} holds no mapping; a configuration has the sections models, data, ppo, ...")
+    return parse_config(_merged(tree, overrides), origin=str(source))
+
+
+def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") -> Config:
+    """Validate nested plain values.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_first_problem(error)}") from error
+
+
+def _merged(tree: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"the override {item!r} has no value; write it as dotted.key=value")
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"the overrides {' '.join(overrides)!r} cannot be applied: {_one_line(error)}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError("the overrides replace the whole configuration; give dotted.key=value for single keys")
+    return {str(key): value for key, value in plain.items()}
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    kind, given = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return _unknown_key(where)
+    if kind == "missing":
+        return f"{where} is missing; add it to the configuration"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where or kind == "value_error":
+        return message
+    return f"{where}={given!r} is not possible: {message[:1].lower()}{message[1:]}"
+
+
+def _unknown_key(where: str) -> str:
+    known = list(known_keys())
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    last = where.rsplit(".", 1)[-1]
+    if not near:
+        near = [key for key in known if key.rsplit(".", 1)[-1] == last][:1]
+    hint = f"did you mean {near[0]}?" if near else f"known sections: {', '.join(Config.model_fields)}"
+    return f"unknown key {where}; {hint}"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _models_in(part)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

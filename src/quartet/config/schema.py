@@ -1,0 +1,234 @@
+"""The configuration's fields. Every field has a docstring here and a reader elsewhere (a test checks both)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class LoraConfig(Section):
+    """LoRA adapters of the trained roles."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: Literal[0, 0.0] = 0.0
+    """Always 0: dropout would make the log-probabilities of the update differ from those of the rollout."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Module names to adapt, or `all-linear` for every linear layer except the heads."""
+
+
+class ModelsConfig(Section):
+    """The two checkpoints and how the four roles share them."""
+
+    sft: Annotated[str, Field(min_length=1)]
+    """SFT checkpoint of policy and reference: folder or Hub id of a causal language model, or of a LoRA adapter on one."""
+    reward: Annotated[str, Field(min_length=1)]
+    """Reward checkpoint of value and reward model: folder or Hub id of a sequence classifier with num_labels=1, or of a
+    LoRA adapter on one."""
+    sharing: Literal["auto", "separate", "paired", "single"] = "auto"
+    """Sharing plan. auto: `separate` without lora; with lora `single` where the checkpoints allow it, else `paired`."""
+    lora: LoraConfig | None = None
+    """LoRA adapters for policy and value; null is full fine-tuning."""
+    value_head_init: Literal["reward", "zero"] = "reward"
+    """Where the value head starts: the reward model's score head, or zeros."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Computation and frozen weights. bfloat16 keeps adapters, heads and trained weights in float32 and uses autocast.
+    auto: bfloat16 where the device computes in it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models live; auto takes CUDA when there is a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time in the update."""
+    trust_remote_code: bool = False
+    """Run the model code that a checkpoint brings along. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _plan_fits_lora(self) -> ModelsConfig:
+        if self.sharing in ("paired", "single") and self.lora is None:
+            raise ValueError(
+                f"models.sharing={self.sharing} shares frozen weights between roles and needs models.lora; "
+                "set models.lora={} for LoRA's defaults, or models.sharing=separate for full fine-tuning"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """The prompts."""
+
+    prompts: Annotated[str, Field(min_length=1)]
+    """Text file (a prompt a line), .jsonl, .parquet or .csv file, or the name of a `datasets` data set."""
+    column: Annotated[str, Field(min_length=1)] = "prompt"
+    """Column that holds the prompt: text, or a list of chat messages (the chat template is then applied)."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Split of a `datasets` data set."""
+    max_prompt_tokens: PositiveInt = 512
+    """Longer prompts are left out; a warning says how many."""
+    eval_prompts: str | None = None
+    """File or data set of the fixed evaluation prompts; null holds out the first prompts of `prompts` by seed."""
+    eval_count: NonNegativeInt = 16
+    """How many evaluation prompts are used; 0 for none."""
+
+
+class RewardSourceConfig(Section):
+    """A reward beside the reward model's; weighted and summed with it."""
+
+    function: str | None = None
+    """`module:name` of a function (prompts, responses) -> one number per episode; both lists of text."""
+    url: str | None = None
+    """HTTP endpoint: receives {"prompts": [...], "responses": [...]} by POST, answers {"rewards": [...]}."""
+    weight: Finite = 1.0
+    """Factor of this source in the sum."""
+    timeout: Positive = 60.0
+    """Seconds to wait for one batch of rewards."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardSourceConfig:
+        if (self.function is None) == (self.url is None):
+            raise ValueError("an entry of rewards needs exactly one of function and url")
+        return self
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    batch_size: PositiveInt = 64
+    """Episodes per iteration."""
+    response_length: PositiveInt = 64
+    """Most tokens of a response."""
+    temperature: Positive = 1.0
+    """Softmax temperature of sampling; the trainer's log-probabilities use it too."""
+    top_p: Probability = 1.0
+    """Nucleus sampling. Below 1 the sampler is not the policy that is trained, and KL estimates are biased."""
+    stop: str | int | None = "eos"
+    """Token that ends a response: `eos`, another token's text or id, or null to run to response_length."""
+    engine: Literal["auto", "static", "dynamic"] = "auto"
+    """Generation engine. static: preallocated cache with refill; dynamic: any model with a cache; auto chooses."""
+    batch_rows: PositiveInt = 32
+    """Rows decoded at once; more is faster and needs more memory for the cache."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer of policy and value."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay."""
+    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    """Adam's moment decays."""
+    eps: Positive = 1.0e-5
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule over the iterations, after the warm-up; linear and cosine end at zero."""
+    warmup_iterations: NonNegativeInt = 0
+    """Iterations over which the learning rate rises linearly from zero."""
+
+
+class PPOConfig(Section):
+    """The algorithm (arXiv 1707.06347; for language models arXiv 2403.17031)."""
+
+    iterations: PositiveInt = 100
+    """Passes of rollout, scoring, advantages and update."""
+    epochs: PositiveInt = 4
+    """Passes over the episodes of one iteration in the update."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per epoch; divides rollout.batch_size."""
+    microbatch_rows: PositiveInt = 8
+    """Most sequences in one forward and backward; changes memory and speed, never the gradient."""
+    learning_rate: NonNegative = 1.0e-5
+    """Learning rate of the policy."""
+    value_learning_rate: NonNegative | None = None
+    """Learning rate of the value model; null takes learning_rate."""
+    kl_coef: NonNegative = 0.05
+    """Weight of the per-token KL penalty against the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the per-token KL (http://joschu.net/blog/kl-approx.html)."""
+    adaptive_kl_target: Positive | None = None
+    """Target of the mean KL per response in nats; kl_coef is then adapted to it (arXiv 1909.08593)."""
+    adaptive_kl_horizon: Positive = 10_000.0
+    """Episodes over which the adaptive controller doubles or halves kl_coef."""
+    clip: Positive = 0.2
+    """The policy's ratio is clipped to [1 - clip, 1 + clip_high]."""
+    clip_high: Positive | None = None
+    """Upper clip of the ratio; null takes clip."""
+    value_clip: Positive | None = 0.2
+    """Values are clipped to this distance from the old values; null turns it off."""
+    value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    gamma: UnitInterval = 1.0
+    """Discount."""
+    lam: UnitInterval = 0.95
+    """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
+    whiten_rewards: bool = False
+    """Scale the per-token rewards to unit variance, keeping their mean."""
+    whiten_advantages: bool = True
+    """Scale the advantages of the iteration to mean 0 and variance 1."""
+    missing_eos_penalty: NonNegative | None = None
+    """Subtracted from the score of a response that did not stop by itself."""
+    score_placement: Literal["stop", "after_stop"] = "stop"
+    """Token that receives the score: the last one, or one step later where there is room (as TRL did)."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients of policy and value together are scaled to at most this norm; null turns it off."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+
+
+class RunConfig(Section):
+    """The run folder and what is written there."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs/quartet"
+    """Folder of the run; must not hold a run already."""
+    seed: NonNegativeInt = 0
+    """Seed of adapters, data order and sampling."""
+    save_every: NonNegativeInt = 20
+    """Iterations between checkpoints; 0 for none but the last."""
+    keep: PositiveInt = 2
+    """Checkpoints kept."""
+    eval_every: NonNegativeInt = 10
+    """Iterations between evaluations on the fixed prompts; 0 for none but first and last."""
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+
+class Config(Section):
+    """A run."""
+
+    models: ModelsConfig
+    """Checkpoints and sharing."""
+    data: DataConfig
+    """Prompts."""
+    rewards: tuple[RewardSourceConfig, ...] = ()
+    """Reward sources beside the reward model."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling."""
+    ppo: PPOConfig = PPOConfig()
+    """Algorithm."""
+    run: RunConfig = RunConfig()
+    """Output."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        if self.rollout.batch_size % self.ppo.minibatches:
+            raise ValueError(
+                f"rollout.batch_size={self.rollout.batch_size} is not divisible by "
+                f"ppo.minibatches={self.ppo.minibatches}; choose a divisor"
+            )
+        return self
