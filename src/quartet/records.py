@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -82,3 +83,30 @@ class UpdateStats:
     optimizer_steps: int
     tokens: int
     """Response tokens trained on, epochs counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """n prompts with their responses, right-padded to the longest."""
+
+    input_ids: Tensor
+    """int64 `[n, L]`."""
+    prompt_lengths: Tensor
+    """int64 `[n]`, at least 1."""
+    response_lengths: Tensor
+    """int64 `[n]`."""
+
+    def positions_before(self, mask: Tensor) -> Tensor:
+        """Flat positions in `[n * L]` of the tokens before the response positions that `mask` `[n, T]` selects."""
+        row, step = mask.nonzero(as_tuple=True)
+        return row * self.input_ids.shape[1] + self.prompt_lengths[row] - 1 + step
+
+    def response_tokens(self, mask: Tensor) -> Tensor:
+        """Response tokens that `mask` `[n, T]` selects, row by row."""
+        row, step = mask.nonzero(as_tuple=True)
+        return self.input_ids[row, self.prompt_lengths[row] + step]
+
+    def last_positions(self) -> Tensor:
+        """Flat positions in `[n * L]` of each sequence's last token."""
+        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        return rows * self.input_ids.shape[1] + self.prompt_lengths + self.response_lengths - 1

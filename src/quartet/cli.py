@@ -1,0 +1,57 @@
+"""The command line: `quartet train | resume | demo`. Mistakes end in one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quartet import __version__
+from quartet.errors import QuartetError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 the user's mistake, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    try:
+        result: int = options.command(options)
+    except QuartetError as error:
+        print(f"quartet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("quartet: interrupted", file=sys.stderr)
+        return 130
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quartet", description="PPO-based RLHF for language models.")
+    parser.add_argument("--version", action="version", version=f"quartet {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run PPO from a YAML file")
+    train.add_argument("config", help="the YAML file")
+    train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
+    train.set_defaults(command=_train)
+    resume = commands.add_parser("resume", help="continue a run from its newest checkpoint")
+    resume.add_argument("run", type=Path, help="the run folder")
+    resume.set_defaults(command=_resume)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from quartet.config import load_config
+    from quartet.trainer import train
+
+    config = load_config(options.config, options.overrides)
+    folder = train(config)
+    print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from quartet.trainer import resume
+
+    folder = resume(options.run)
+    print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
+    return 0

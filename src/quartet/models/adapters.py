@@ -1,0 +1,224 @@
+"""LoRA adapters on a backbone: attach, switch, freeze, copy. The only module that touches PEFT's private attributes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from quartet.config import LoraConfig
+from quartet.errors import CheckpointError, ConfigError
+from quartet.models.checkpoint_info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, CheckpointInfo, read_tensor
+
+
+class AdapterSwitch:
+    """Turns the adapters of one model on and off.
+
+    PEFT's own `set_adapter` also toggles `requires_grad`, which silently drops the gradients of an adapter that was used
+    earlier in the same forward pass; here only the choice of adapter changes, and each adapter keeps its
+    `requires_grad`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.active: str | None = None
+        self._set(None)
+
+    @contextmanager
+    def on(self, adapter: str | None) -> Iterator[None]:
+        """Run with one adapter on (None: all off); restores the previous state, after an exception too."""
+        before = self.active
+        self._set(adapter)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, adapter: str | None) -> None:
+        if adapter is not None and not any(adapter in layer.lora_A for layer in self._layers):
+            raise AssertionError(f"no adapter {adapter!r} on this backbone")
+        self.active = adapter
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [] if adapter is None else [adapter]
+
+
+def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) -> None:
+    """Inject a new adapter that starts as the identity (B = 0; A Kaiming-uniform from `seed`), in float32.
+
+    Raises:
+        ConfigError: `models.lora.target_modules` names no module of this model.
+    """
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = PeftLoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=targets)  # type: ignore[arg-type]
+    try:
+        _inject(model, name, config, seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None:
+    """Inject the adapter of a checkpoint exactly as PEFT would load it, in float32.
+
+    Raises:
+        CheckpointError: weights of the adapter that this model has no place for, or places that stay empty.
+    """
+    content = {k: v for k, v in info.adapter_config.items() if v is not None}
+    content["inference_mode"] = False
+    content["lora_dropout"] = 0.0
+    content.pop("modules_to_save", None)  # the head is ours, not PEFT's
+    known = PeftLoraConfig.__dataclass_fields__
+    config = PeftLoraConfig(**{k: v for k, v in content.items() if k in known and k != "auto_mapping"})
+    _inject(model, name, config, seed=0)
+    stored = {k: read_tensor(t, k) for k, t in info.adapter_tensors.items() if ".lora_" in k}
+    result = set_peft_model_state_dict(
+        model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
+    )
+    empty = [k for k in result.missing_keys if f".{name}." in k]
+    if result.unexpected_keys or empty:
+        wrong = (list(result.unexpected_keys) + empty)[:3]
+        raise CheckpointError(
+            f"{info.key}={info.adapter!r} does not fit its base {info.base!r}: {', '.join(wrong)}; "
+            "give the base that the adapter was trained on"
+        )
+
+
+def attach_continuation(model: nn.Module, name: str, lora: LoraConfig, info: CheckpointInfo, *, seed: int) -> None:
+    """Inject a trainable adapter that computes exactly what the checkpoint's adapter computes.
+
+    The new adapter has the configured rank r >= the checkpoint's rank r': its first r' rows of A and columns of B are the
+    checkpoint's (B scaled by the ratio of the two alpha / r), the remaining columns of B are zero.
+
+    Raises:
+        ConfigError: the configured adapter is too small for the checkpoint's, in rank or in modules.
+        CheckpointError: the adapter is of a kind that cannot be continued so (DoRA, biases).
+    """
+    content = info.adapter_config
+    if content.get("use_dora") or content.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{info.key}={info.adapter!r} uses DoRA or trained biases, which cannot be continued; merge it into its base"
+        )
+    attach_fresh(model, name, lora, seed=seed)
+    temporary = f"{name}_start"
+    attach_checkpoint(model, temporary, info)
+    try:
+        for path, layer in _layers(model):
+            if temporary in layer.lora_A:
+                _embed(path, layer, name, temporary, info)
+    finally:
+        detach(model, temporary)
+
+
+def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointInfo) -> None:
+    if name not in layer.lora_A:
+        raise ConfigError(
+            f"models.lora.target_modules leaves out {path}, which the adapter {info.key}={info.adapter!r} adapts and "
+            "training starts from; use all-linear or add it"
+        )
+    old_rank, new_rank = layer.r[start], layer.r[name]
+    if old_rank > new_rank:
+        raise ConfigError(
+            f"models.lora.r={new_rank} is smaller than rank {old_rank} of the adapter {info.key}={info.adapter!r} that "
+            f"training starts from; set models.lora.r={old_rank} or more"
+        )
+    with torch.no_grad():
+        layer.lora_A[name].weight[:old_rank] = layer.lora_A[start].weight
+        layer.lora_B[name].weight.zero_()
+        layer.lora_B[name].weight[:, :old_rank] = layer.lora_B[start].weight * (
+            layer.scaling[start] / layer.scaling[name]
+        )
+
+
+def merge(model: nn.Module, info: CheckpointInfo) -> None:
+    """Add the checkpoint's adapter into the weights and leave a plain model behind."""
+    attach_checkpoint(model, "merged", info)
+    for _, layer in _layers(model):
+        layer.merge(adapter_names=["merged"])
+    strip(model)
+
+
+def strip(model: nn.Module) -> None:
+    """Put the wrapped modules back in place of PEFT's layers."""
+    for path, layer in _layers(model):
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove one adapter; its memory is freed."""
+    for _, layer in _layers(model):
+        layer.delete_adapter(name)
+    getattr(model, "peft_config", {}).pop(name, None)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters of one adapter."""
+    return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Weights of one adapter under PEFT's names (`base_model.model.….lora_A.weight`), ready for safetensors."""
+    return {
+        PEFT_PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous()
+        for key, parameter in adapter_parameters(model, name)
+    }
+
+
+def save_adapter(
+    model: nn.Module, name: str, folder: Path, *, base: str, task: str, extra: dict[str, Tensor] | None = None
+) -> None:
+    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads.
+
+    Args:
+        base: what goes into `base_model_name_or_path`.
+        task: CAUSAL_LM or SEQ_CLS.
+        extra: further tensors of modules saved whole (the value head), by their name in the base model.
+    """
+    from safetensors.torch import save_file
+
+    config: PeftLoraConfig = model.peft_config[name]  # type: ignore[index,union-attr,assignment]
+    extra = extra or {}
+    content: dict[str, Any] = config.to_dict()
+    content.update(
+        base_model_name_or_path=base,
+        task_type=task,
+        inference_mode=True,
+        modules_to_save=sorted({key.rpartition(".")[0] for key in extra}) or None,
+    )
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(content.get(key), set):
+            content[key] = sorted(content[key])
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = adapter_state(model, name) | {PEFT_PREFIX + key: value.contiguous() for key, value in extra.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(content, indent=2, sort_keys=True, default=str)
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", "utf-8")
+
+
+def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # GPT-2's Conv1D makes PEFT correct fan_in_fan_out by itself and warn about it.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        inject_adapter_in_model(config, model, adapter_name=name)
+    for _, parameter in adapter_parameters(model, name):
+        parameter.data = parameter.data.float()
+    for _, layer in _layers(model):
+        # Under autocast the cast to the adapter's float32 would be undone at once by its matrix product.
+        layer.cast_input_dtype_enabled = False
+
+
+def _layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]

@@ -1,0 +1,72 @@
+"""A backbone: one set of transformer weights in memory, with or without LoRA adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quartet.models.adapters import AdapterSwitch
+from quartet.models.plan import BackboneSpec
+from quartet.models.precision import autocast
+
+
+class Backbone(nn.Module):
+    """Weights and adapters of one plan entry; roles look at it through views."""
+
+    def __init__(self, spec: BackboneSpec, model: PreTrainedModel, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = model
+        self.dtype = dtype
+        """Computation dtype; the weights of a trained backbone stay in float32."""
+        self.adapters = AdapterSwitch(model)
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The model without its head."""
+        trunk = self.model.base_model
+        assert isinstance(trunk, nn.Module)
+        return trunk
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast to the computation dtype."""
+        return autocast(self.device, self.dtype)
+
+    @contextmanager
+    def role(self, adapter: str | None) -> Iterator[None]:
+        """Run with a role's adapter state and precision; the state before is restored on the way out."""
+        with self.adapters.on(adapter), self.autocast():
+            yield
+
+    def hidden(self, input_ids: Tensor, adapter: str | None) -> Tensor:
+        """Last hidden states `[n, L, H]` of right-padded sequences `[n, L]`.
+
+        Right padding needs no mask under causal attention: a real token never looks at what follows it. Without a mask
+        the attention takes its fast causal path.
+        """
+        with self.role(adapter):
+            output: Any = self.transformer(input_ids=input_ids, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, each under the adapter that its forward ran with."""
+
+        def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+            active = self.adapters.active
+            return self.adapters.on(active), self.adapters.on(active)
+
+        self.model.train()  # transformers checkpoints in training mode only; every dropout is zero
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        if not self.spec.trainable:
+            self.model.enable_input_require_grads()

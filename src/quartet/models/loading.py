@@ -1,0 +1,204 @@
+"""From two checkpoints and a sharing plan to the four roles."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from quartet.config import ModelsConfig
+from quartet.errors import CheckpointError
+from quartet.models import adapters
+from quartet.models.backbone import Backbone
+from quartet.models.checkpoint_info import CheckpointInfo, same_base
+from quartet.models.heads import LogitHead, ScalarHead, read_score_head
+from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
+from quartet.models.precision import resolve_device, resolve_dtype
+from quartet.models.roles import LanguageView, Roles, ScalarView, TrainedPair
+
+
+def plan_for(models: ModelsConfig, sft: CheckpointInfo, reward: CheckpointInfo) -> SharingPlan:
+    """The sharing plan of a configuration; reads headers at most.
+
+    Raises:
+        ConfigError: `single` where the checkpoints do not allow it.
+        CheckpointError: damaged headers.
+    """
+    wanted = models.sharing in ("auto", "single") and models.lora is not None and reward.adapter is not None
+    return make_plan(
+        models.sharing,
+        lora=models.lora is not None,
+        sft=Source(sft.base, sft.adapter),
+        reward=Source(reward.base, reward.adapter),
+        bases_equal=wanted and same_base(sft, reward),
+    )
+
+
+def load_roles(
+    models: ModelsConfig, plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, *, seed: int
+) -> Roles:
+    """Load every backbone of the plan once, attach adapters and heads, and set what is trained.
+
+    Args:
+        seed: of freshly drawn adapters.
+
+    Raises:
+        CheckpointError: a checkpoint that does not fit its role.
+        ConfigError: adapters that cannot be laid out as configured.
+    """
+    device = resolve_device(models.device)
+    dtype = resolve_dtype(models.dtype, device)
+    score = read_score_head(reward).to(device)
+    score.requires_grad_(False)
+    start = score.weight if models.value_head_init == "reward" else torch.zeros_like(score.weight)
+    value = ScalarHead(start, score.name)
+    by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
+    backbones: dict[str, Backbone] = {}
+    for spec in plan.backbones:
+        info = sft if spec.task == "language_model" else reward
+        model = _load_weights(spec, info, torch.float32 if spec.trainable else dtype)
+        _attach(spec, model, models, by_source, seed)
+        backbones[spec.name] = _finish(spec, model.to(device), dtype, models.gradient_checkpointing)
+    return _views(plan, backbones, score, value)
+
+
+def _views(plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead, value: ScalarHead) -> Roles:
+    logits = {n: LogitHead(b.model) for n, b in backbones.items() if b.spec.task == "language_model"}
+
+    def language(role: Any) -> LanguageView:
+        view = plan.view(role)
+        return LanguageView(backbones[view.backbone], view.adapter, logits[view.backbone])
+
+    def scalar(role: Any, head: ScalarHead) -> ScalarView:
+        view = plan.view(role)
+        return ScalarView(backbones[view.backbone], view.adapter, head)
+
+    policy, critic = language("policy"), scalar("value", value)
+    return Roles(
+        plan=plan,
+        backbones=backbones,
+        policy=policy,
+        reference=language("reference"),
+        value=critic,
+        reward=scalar("reward", score),
+        trained=TrainedPair(policy, critic),
+    )
+
+
+def _load_weights(spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
+    config = without_dropout(info.config)
+    config.use_cache = False
+    loader: Any = AutoModelForCausalLM
+    if spec.task == "classifier":
+        loader, config.num_labels = AutoModelForSequenceClassification, 1
+    try:
+        with _quiet():
+            model, report = loader.from_pretrained(
+                spec.checkpoint,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=info.trust_remote_code,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{info.key}={spec.checkpoint!r} cannot be loaded: {reason}") from error
+    _refuse_gaps(spec, info, model, report)
+    if spec.task == "classifier":
+        for name in [n for n, _ in model.named_children() if n != model.base_model_prefix]:
+            delattr(model, name)  # the heads of value and reward model are held by their roles
+    result: PreTrainedModel = model
+    return result
+
+
+def _refuse_gaps(spec: BackboneSpec, info: CheckpointInfo, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Missing or unused tensors are errors; heads of the other task aside, which no role of this backbone uses."""
+    prefix = model.base_model_prefix + "."
+    missing = sorted(str(k) for k in report["missing_keys"])
+    unused = sorted(str(k) for k in report["unexpected_keys"])
+    if spec.task == "classifier" or info.adapter is not None:
+        missing = [k for k in missing if k.startswith(prefix)]
+        unused = [k for k in unused if k.startswith(prefix)]
+    wrong = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report.get("mismatched_keys", ()))
+    if missing or unused or wrong:
+        parts = [
+            f"{word} {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}"
+            for word, keys in (("lacks", missing), ("holds the unused", unused), ("has another shape for", wrong))
+            if keys
+        ]
+        raise CheckpointError(
+            f"{info.key}={spec.checkpoint!r} does not fit {type(model).__name__}: it {'; it '.join(parts)}; "
+            "these weights would be random or dropped, give a complete checkpoint"
+        )
+
+
+def _attach(
+    spec: BackboneSpec, model: PreTrainedModel, models: ModelsConfig, source: dict[str, CheckpointInfo], seed: int
+) -> None:
+    if spec.merged_adapter is not None:
+        adapters.merge(model, source[spec.name])
+    for adapter in spec.adapters:
+        info = source[adapter.name]
+        if not adapter.trainable:
+            adapters.attach_checkpoint(model, adapter.name, info)
+            continue
+        assert models.lora is not None
+        role_seed = seed * 2 + (adapter.name == "value")
+        if adapter.source is None:
+            adapters.attach_fresh(model, adapter.name, models.lora, seed=role_seed)
+        else:
+            adapters.attach_continuation(model, adapter.name, models.lora, info, seed=role_seed)
+
+
+def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
+    model.eval()
+    model.requires_grad_(spec.trainable)
+    for adapter in spec.adapters:
+        for _, parameter in adapters.adapter_parameters(model, adapter.name):
+            parameter.requires_grad_(adapter.trainable)
+    backbone = Backbone(spec, model, dtype=dtype)
+    if checkpointing and (spec.trainable or any(adapter.trainable for adapter in spec.adapters)):
+        backbone.enable_checkpointing()
+    return backbone
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy with every dropout rate at zero, whatever the family calls it."""
+    config = copy.deepcopy(config)
+    for name, given in list(vars(config).items()):
+        if ("drop" in name) and isinstance(given, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading report; what it says is checked by `_refuse_gaps`."""
+    before = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def count_bytes(modules: Iterator[nn.Module] | list[nn.Module]) -> int:
+    """Bytes of all distinct storages of parameters and buffers."""
+    seen: dict[int, int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

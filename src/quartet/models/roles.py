@@ -1,0 +1,152 @@
+"""The four roles as views of backbones, and the two trained ones as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quartet.models.backbone import Backbone
+from quartet.models.heads import LogitHead, ScalarHead
+from quartet.models.plan import Role, SharingPlan
+from quartet.ops.logprobs import chunked_logprobs
+from quartet.records import Sequences
+
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at once."""
+
+
+class LanguageView(nn.Module):
+    """Policy or reference: log-probabilities of tokens under one adapter state of a backbone."""
+
+    def __init__(self, backbone: Backbone, adapter: str | None, head: LogitHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.head = head
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the backbone as this role."""
+        with self.backbone.role(self.adapter):
+            yield
+
+    def forward(
+        self,
+        sequences: Sequences,
+        mask: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool = False,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability and entropy of the response tokens.
+
+        Args:
+            sequences: n right-padded sequences.
+            mask: bool `[n, T]`; only these response positions are computed.
+            temperature: divides the logits.
+            with_entropy: also compute the entropy.
+            entropy_grad: let gradients flow through the entropy.
+
+        Returns:
+            float32 `[n, T]` log-probabilities in nats and entropy (or None), zero outside the mask.
+        """
+        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
+        selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
+        with self.backbone.role(self.adapter):
+            logprobs, entropy = chunked_logprobs(
+                selected,
+                self.head,
+                sequences.response_tokens(mask),
+                temperature=temperature,
+                chunk_tokens=CHUNK_TOKENS,
+                with_entropy=with_entropy,
+                head_trainable=self.head.trainable and torch.is_grad_enabled(),
+                entropy_grad=entropy_grad,
+            )
+        return _scattered(logprobs, mask), None if entropy is None else _scattered(entropy, mask)
+
+
+class ScalarView(nn.Module):
+    """Value or reward: one number at chosen tokens under one adapter state of a backbone."""
+
+    def __init__(self, backbone: Backbone, adapter: str | None, head: ScalarHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.head = head
+
+    def forward(self, sequences: Sequences, mask: Tensor) -> Tensor:
+        """Numbers *before* each response token, as a value function needs them: `[n, T]`, zero outside the mask.
+
+        Args:
+            sequences: n right-padded sequences.
+            mask: bool `[n, T]`; True at `t = response length` asks for the number at the last token.
+        """
+        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
+        selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
+        numbers: Tensor = self.head(selected)
+        return _scattered(numbers, mask)
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """The number at the last token of each sequence: `[n]`."""
+        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
+        numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.last_positions()])
+        return numbers
+
+
+class TrainedPair(nn.Module):
+    """Policy and value: one call gives both outputs, one backward reaches both."""
+
+    def __init__(self, policy: LanguageView, value: ScalarView) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    def forward(
+        self,
+        sequences: Sequences,
+        mask: Tensor,
+        value_mask: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probabilities `[n, T]`, entropy `[n, T]` or None, and values `[n, T]` of the same sequences."""
+        logprobs, entropy = self.policy(
+            sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
+        )
+        return logprobs, entropy, self.value(sequences, value_mask)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """All that a sharing plan laid out, loaded."""
+
+    plan: SharingPlan
+    backbones: dict[str, Backbone]
+    policy: LanguageView
+    reference: LanguageView
+    value: ScalarView
+    reward: ScalarView
+    trained: TrainedPair
+
+    def trained_parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters that training moves for `policy` or `value`, in a fixed order."""
+        view = self.plan.view(role)
+        backbone = self.backbones[view.backbone]
+        mark = f".{view.adapter}." if view.adapter else ""
+        found = [(n, p) for n, p in backbone.model.named_parameters() if p.requires_grad and mark in n]
+        if role == "value":
+            found.append((self.value.head.name, self.value.head.weight))
+        return found
+
+
+def _scattered(flat: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of the True places of a mask, in their places; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

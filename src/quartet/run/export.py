@@ -1,0 +1,61 @@
+"""The result: `policy/` and `value/`, loadable with transformers or PEFT and nothing of Quartet."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quartet.models.adapters import save_adapter
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.plan import Role
+from quartet.models.roles import Roles
+
+
+def export(roles: Roles, folder: Path, *, sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
+    """Write `folder/policy` and `folder/value`, each beside and then renamed.
+
+    With LoRA both are PEFT adapter folders over the checkpoint's base (the value head among the adapter's weights);
+    otherwise whole models of `AutoModelForCausalLM` and `AutoModelForSequenceClassification`.
+    """
+    for role, info in (("policy", sft), ("value", reward)):
+        final, temporary = folder / role, folder / f".writing-{role}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(roles, role, info, temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+
+
+def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path) -> None:
+    view = roles.plan.view(role)
+    backbone = roles.backbones[view.backbone]
+    head = {} if role == "policy" else {roles.value.head.name: roles.value.head.weight.detach()}
+    if view.adapter is not None:
+        task = "CAUSAL_LM" if role == "policy" else "SEQ_CLS"
+        base = str(Path(info.base).resolve()) if Path(info.base).is_dir() else info.base
+        save_adapter(backbone.model, view.adapter, folder, base=base, task=task, extra=head)
+        return
+    model = backbone.model
+    before = model.config
+    model.config = _saved_config(role, info, model)
+    try:
+        model.save_pretrained(folder, state_dict={k: v.contiguous() for k, v in model.state_dict().items()} | head)
+    finally:
+        model.config = before
+
+
+def _saved_config(role: Role, info: CheckpointInfo, model: Any) -> Any:
+    """The checkpoint's own configuration (ours has dropout and cache switched off), of the right class and dtype."""
+    import copy
+
+    config = copy.deepcopy(info.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if role == "value":
+        config.num_labels = 1
+        if config.pad_token_id is None:
+            # A classifier needs one to find the last token of padded batches.
+            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+    return config

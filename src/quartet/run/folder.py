@@ -1,0 +1,119 @@
+"""The run folder: created once, never written over."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quartet import __version__
+from quartet.config import Config, parse_config
+from quartet.errors import CheckpointError, ConfigError
+
+CONFIG_FILE = "config.yaml"
+PLAN_FILE = "plan.json"
+
+
+class RunFolder:
+    """Paths of one run and the small files in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples.jsonl"
+        self.policy = self.path / "policy"
+        self.value = self.path / "value"
+
+    def refuse_used(self) -> None:
+        """Check that a new run may be written here.
+
+        Raises:
+            ConfigError: the folder holds a run or other files, or is not a folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run.dir={str(self.path)!r} is a file; name a folder")
+        if (self.path / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"run.dir={str(self.path)!r} already holds a run; name another folder, "
+                f"or continue it with: quartet resume {self.path}"
+            )
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
+
+    def create(self, config: Config, plan: dict[str, Any]) -> None:
+        """Make the folder with config.yaml and plan.json.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        self.refuse_used()
+        try:
+            self.checkpoints.mkdir(parents=True)
+            self.write_plan(plan)
+            write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={str(self.path)!r} cannot be written ({error.strerror}); name another folder"
+            ) from error
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Write or replace plan.json."""
+        write_atomically(self.path / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+
+    def read_config(self) -> Config:
+        """The configuration of the run that is here.
+
+        Raises:
+            CheckpointError: no run here.
+            ConfigError: its config.yaml is not valid.
+        """
+        file = self.path / CONFIG_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{str(self.path)!r} holds no run (no {CONFIG_FILE}); give the folder of a run")
+        try:
+            values = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} is not readable as YAML; restore it from a copy") from error
+        return parse_config(values if isinstance(values, dict) else {}, origin=str(file))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _header() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    return f"# quartet {__version__}{_commit()}; {', '.join(versions)}\n"
+
+
+def _commit() -> str:
+    """The commit of the source tree that runs, where it is one."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    """Plain values, with local paths made absolute so that the run can be resumed from anywhere."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    for section, key in (("models", "sft"), ("models", "reward"), ("data", "prompts"), ("data", "eval_prompts")):
+        given = values[section][key]
+        if given is not None and Path(given).expanduser().exists():
+            values[section][key] = str(Path(given).expanduser().resolve())
+    return values

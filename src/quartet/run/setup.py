@@ -1,0 +1,128 @@
+"""From a configuration to everything the loop needs. Nothing is written to disk here, and bad input ends here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.config import Config
+from quartet.distributed import ProcessEngine, start_engine
+from quartet.errors import CheckpointError
+from quartet.models.checkpoint_info import CheckpointInfo, read_checkpoint
+from quartet.models.loading import load_roles, plan_for
+from quartet.models.plan import SharingPlan
+from quartet.models.roles import Roles
+from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
+from quartet.records import Prompts
+from quartet.rewards.sources import RewardSource, build_sources
+from quartet.rollout.choose import make_engine
+from quartet.rollout.engine import RolloutEngine, SamplingSettings
+from quartet.run.data import PromptSet, hold_out, load_prompts
+from quartet.run.samples import evaluation_prompts
+from quartet.stages.optimizer import make_optimizer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before a weight is read."""
+
+    sft: CheckpointInfo
+    reward: CheckpointInfo
+    plan: SharingPlan
+    tokenizer: Any
+    prompts: PromptSet
+    evaluation: Prompts | None
+    sources: list[RewardSource]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Models, optimizer and generation engine."""
+
+    roles: Roles
+    engine: ProcessEngine
+    optimizer: torch.optim.Optimizer
+    rollout: RolloutEngine
+    decode: Callable[[Tensor], str]
+
+
+def read_inputs(config: Config, say: Say) -> Inputs:
+    """Check checkpoints, tokenizers, prompts and reward sources.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, RewardError: one sentence about the first thing that is wrong.
+    """
+    models, data = config.models, config.data
+    sft = read_checkpoint(models.sft, "sft", trust_remote_code=models.trust_remote_code)
+    reward = read_checkpoint(models.reward, "reward", trust_remote_code=models.trust_remote_code)
+    tokenizer, notices = load_tokenizer(sft, reward)
+    for notice in notices:
+        say(notice)
+    _refuse_small_embedding(sft, reward, tokenizer)
+    stop_token_id(config.rollout.stop, tokenizer)
+    if config.rollout.top_p < 1.0:
+        say(
+            f"rollout.top_p={config.rollout.top_p} samples from a truncated policy: its KL to the reference is biased and "
+            "may look negative; 1.0 is exact"
+        )
+
+    def read(source: str) -> PromptSet:
+        return load_prompts(
+            source,
+            column=data.column,
+            split=data.split,
+            tokenizer=tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            warn=say,
+        )
+
+    prompts = read(data.prompts)
+    if data.eval_prompts is not None:
+        held = read(data.eval_prompts)
+        held = held.subset(range(min(len(held), data.eval_count)))
+    else:
+        prompts, held = hold_out(prompts, data.eval_count, config.run.seed)
+    refuse_long_sequences((sft, reward), max(prompts.longest, held.longest), config.rollout.response_length)
+    evaluation = evaluation_prompts(held.in_order()) if len(held) else None
+    plan = plan_for(models, sft, reward)
+    return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
+
+
+def load_everything(config: Config, inputs: Inputs) -> Loaded:
+    """Load the plan's models and build what works with them."""
+    engine = start_engine()
+    roles = load_roles(config.models, inputs.plan, inputs.sft, inputs.reward, seed=config.run.seed)
+    tokenizer, rollout = inputs.tokenizer, config.rollout
+    settings = SamplingSettings(
+        response_length=rollout.response_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        stop_id=stop_token_id(rollout.stop, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        batch_rows=rollout.batch_rows,
+        seed=config.run.seed,
+    )
+
+    def decode(tokens: Tensor) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    optimizer = make_optimizer(roles, config.ppo)
+    return Loaded(roles, engine, optimizer, make_engine(rollout.engine, roles.policy, settings), decode)
+
+
+def _refuse_small_embedding(sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    for info in (sft, reward):
+        size = getattr(info.config, "vocab_size", None)
+        if size is not None and highest >= size:
+            raise CheckpointError(
+                f"the tokenizer has ids up to {highest}, and {info.key}={info.name!r} has embeddings for {size} tokens; "
+                "use the tokenizer that the checkpoint was trained with"
+            )

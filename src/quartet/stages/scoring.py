@@ -1,0 +1,69 @@
+"""Stage 2: reference log-probabilities, values and scores of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quartet.errors import TrainingError
+from quartet.models.roles import Roles
+from quartet.ops.rewards import value_mask
+from quartet.records import Rollout, Scored
+from quartet.stages.batching import SequenceTable, microbatches
+
+Scorer = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Prompts and responses as text to one number an episode."""
+
+
+@torch.no_grad()
+def score_rollout(
+    rollout: Rollout,
+    roles: Roles,
+    *,
+    temperature: float,
+    placement: str,
+    rows: int,
+    extra: Scorer | None = None,
+    decode: Callable[[Tensor], str] | None = None,
+) -> Scored:
+    """What reference, value and reward model say of the responses.
+
+    Args:
+        temperature: that of the rollout.
+        placement: `ppo.score_placement`; decides at which tokens values are needed.
+        rows: sequences computed at once.
+        extra: further reward sources, summed with the reward model's score.
+        decode: response tokens to text, for `extra`.
+
+    Raises:
+        TrainingError: a score that is not finite; names the episode.
+        RewardError: from `extra`.
+    """
+    mask = rollout.response_mask
+    values_at = value_mask(mask, placement)
+    table = SequenceTable.of(rollout)
+    ref_logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+    scores = torch.zeros(len(mask), device=mask.device)
+    for chosen, sequences in microbatches(table, table.lengths(), list(range(len(mask))), rows):
+        ref_logprobs[chosen] = roles.reference(sequences, mask[chosen], temperature=temperature)[0]
+        values[chosen] = roles.value(sequences, values_at[chosen])
+        scores[chosen] = roles.reward.scores(sequences)
+    _refuse_not_finite(scores, rollout)
+    if extra is not None and decode is not None:
+        lengths = table.response_lengths.tolist()
+        responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
+        scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
+    return Scored(rollout, ref_logprobs, values, values_at, scores)
+
+
+def _refuse_not_finite(scores: Tensor, rollout: Rollout) -> None:
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        row = bad[0]
+        raise TrainingError(
+            f"the reward model gave {scores[row].item()} to episode {rollout.prompts.episodes[row]} "
+            f"(prompt {rollout.prompts.texts[row][:80]!r}); look at models.reward, or compute in float32 "
+            "(models.dtype=float32)"
+        )
