@@ -36,7 +36,26 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="continue a run from its newest checkpoint")
     resume.add_argument("run", type=Path, help="the run folder")
     resume.set_defaults(command=_resume)
+    demo = commands.add_parser("demo", help="fetch a small model and human ratings, and watch PPO learn from them")
+    demo.add_argument("--iterations", type=_positive, help="iterations of PPO")
+    demo.add_argument("--seed", type=int, default=0, help="seed of reward model and PPO")
+    demo.add_argument("--out", type=Path, help="run folder (default: the first free runs/demo, runs/demo-2, ...)")
+    demo.set_defaults(command=_demo)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from quartet.demo.run import run_demo
+
+    run_demo(iterations=options.iterations, seed=options.seed, out=options.out)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

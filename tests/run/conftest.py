@@ -14,7 +14,8 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", *"abcdefgh
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
-    " <{{ m.role }}> {{ m.content }}{% endfor %}{% if add_generation_prompt %} <assistant>{% endif %}"
+    " <{{ m.role }}>{% if 'name' in m %} named {{ m.name }}{% endif %} {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

@@ -96,13 +96,15 @@ def test_folder_that_datasets_has_saved(tmp_path: Path, as_dict: bool) -> None:
     data = datasets.Dataset.from_dict({"prompt": ["a", "b"]})
     (datasets.DatasetDict(train=data) if as_dict else data).save_to_disk(tmp_path / "set")
     assert values(tmp_path / "set") == ["a", "b"]
-    with pytest.raises(DataError, match="no column 'text'; set data.column to one of those it has: 'prompt'"):
+    with pytest.raises(DataError, match=r"no column 'text'; set data\.column to one of those it has: 'prompt'"):
         rows(tmp_path / "set", column="text")
 
 
 @pytest.mark.usefixtures("quiet_datasets")
 def test_hub_name_that_cannot_be_loaded() -> None:
-    with pytest.raises(DataError, match="quartet-test/absent cannot be loaded as a data set with split train") as caught:
+    with pytest.raises(
+        DataError, match="quartet-test/absent cannot be loaded as a data set with split train"
+    ) as caught:
         rows("quartet-test/absent")
     assert "\n" not in str(caught.value)
 
@@ -115,7 +117,7 @@ def test_missing_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="file of unknown kind; name it .txt, .jsonl"):
+    with pytest.raises(DataError, match=r"file of unknown kind; name it \.txt, \.jsonl"):
         rows(write(tmp_path, "p.xlsx", b"x"))
 
 
@@ -162,5 +164,5 @@ def test_parquet_cut_off_in_its_data(tmp_path: Path) -> None:
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path)
-    with pytest.raises(DataError, match="no column 'prompt'; set data.column to one of those it has: 'text'$"):
+    with pytest.raises(DataError, match=r"no column 'prompt'; set data\.column to one of those it has: 'text'$"):
         rows(path)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from quartet.errors import CheckpointError
 
@@ -22,15 +25,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        import accelerate  # noqa: F401
         import gguf as _gguf  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
             f"converting {gguf.name} needs the package {error.name}, which is not installed; "
             "run `pip install quartet-rlhf[demo]`"
         ) from error
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The GGUF reader draws its progress bar without asking the settings that `quiet_transformers` changes.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The tensors are plain float32 by now, but the model still says that it is quantized and refuses to be saved.
         model.hf_quantizer = None
@@ -67,14 +70,17 @@ def weights_digest(folder: Path) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers inside; its settings are put back on the way out."""
+    """No progress bars, log lines or deprecation notices of transformers inside; all is put back on the way out."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT reads names that transformers is about to drop; nothing a user could act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

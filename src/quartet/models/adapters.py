@@ -66,6 +66,12 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {' '.join(str(error).split())[:300]}"
         ) from error
+    embeddings = [path for path, layer in _layers(model) if name in layer.lora_embedding_A]
+    if embeddings:
+        raise ConfigError(
+            f"models.lora.target_modules={lora.target_modules!r} takes in the embedding {embeddings[0]}; "
+            "adapters are trained on linear layers only, leave it out"
+        )
 
 
 def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None:
@@ -74,23 +80,45 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
     Raises:
         CheckpointError: weights of the adapter that this model has no place for, or places that stay empty.
     """
+    _refuse_lost_weights(model, info)
     content = {k: v for k, v in info.adapter_config.items() if v is not None}
     content["inference_mode"] = False
     content["lora_dropout"] = 0.0
     content.pop("modules_to_save", None)  # the head is ours, not PEFT's
     known = PeftLoraConfig.__dataclass_fields__
-    config = PeftLoraConfig(**{k: v for k, v in content.items() if k in known and k != "auto_mapping"})
-    _inject(model, name, config, seed=0)
     stored = {k: read_tensor(t, k) for k, t in info.adapter_tensors.items() if ".lora_" in k}
-    result = set_peft_model_state_dict(
-        model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
-    )
+    try:
+        config = PeftLoraConfig(**{k: v for k, v in content.items() if k in known and k != "auto_mapping"})
+        _inject(model, name, config, seed=0)
+        result = set_peft_model_state_dict(
+            model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise _misfit(info, " ".join(str(error).split())[:300]) from error
     empty = [k for k in result.missing_keys if f".{name}." in k]
     if result.unexpected_keys or empty:
-        wrong = (list(result.unexpected_keys) + empty)[:3]
+        raise _misfit(info, ", ".join((list(result.unexpected_keys) + empty)[:3]))
+
+
+def _misfit(info: CheckpointInfo, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{info.key}={info.adapter!r} does not fit its base {info.base!r}: {reason}; "
+        "give the base that the adapter was trained on"
+    )
+
+
+def _refuse_lost_weights(model: nn.Module, info: CheckpointInfo) -> None:
+    """Modules that PEFT saved whole and trained biases belong to the checkpoint, and LoRA layers have no place for them.
+
+    A reward checkpoint's head is such a module; it is read, and checked, by itself.
+    """
+    trunk = f"{model.base_model_prefix}."
+    others = (k.removeprefix(PEFT_PREFIX) for k in info.adapter_tensors if ".lora_" not in k)
+    lost = [k for k in others if info.kind == "sft" or k.startswith(trunk)]
+    if lost:
         raise CheckpointError(
-            f"{info.key}={info.adapter!r} does not fit its base {info.base!r}: {', '.join(wrong)}; "
-            "give the base that the adapter was trained on"
+            f"{info.key}={info.adapter!r} holds {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''} beside its LoRA "
+            "matrices, which would be lost; merge it into its base (PeftModel.merge_and_unload) and give the result"
         )
 
 
@@ -114,13 +142,17 @@ def attach_continuation(model: nn.Module, name: str, lora: LoraConfig, info: Che
     attach_checkpoint(model, temporary, info)
     try:
         for path, layer in _layers(model):
-            if temporary in layer.lora_A:
+            if temporary in layer.lora_A or temporary in layer.lora_embedding_A:
                 _embed(path, layer, name, temporary, info)
     finally:
         detach(model, temporary)
 
 
 def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointInfo) -> None:
+    if start in layer.lora_embedding_A:
+        raise CheckpointError(
+            f"{info.key}={info.adapter!r} adapts the embedding {path}, which cannot be continued; merge it into its base"
+        )
     if name not in layer.lora_A:
         raise ConfigError(
             f"models.lora.target_modules leaves out {path}, which the adapter {info.key}={info.adapter!r} adapts and "
@@ -159,6 +191,7 @@ def strip(model: nn.Module) -> None:
 def detach(model: nn.Module, name: str) -> None:
     """Remove one adapter; its memory is freed."""
     for _, layer in _layers(model):
+        layer._active_adapter = []  # deleting an active adapter would choose another one, and warn about it
         layer.delete_adapter(name)
     getattr(model, "peft_config", {}).pop(name, None)
 
@@ -212,6 +245,8 @@ def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> N
         torch.manual_seed(seed)
         # GPT-2's Conv1D makes PEFT correct fan_in_fan_out by itself and warn about it.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        # Several adapters on one backbone are what the sharing plans are about.
+        warnings.filterwarnings("ignore", message=".*Already found a `peft_config` attribute.*")
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, parameter in adapter_parameters(model, name):
         parameter.data = parameter.data.float()

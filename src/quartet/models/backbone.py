@@ -25,6 +25,7 @@ class Backbone(nn.Module):
         self.dtype = dtype
         """Computation dtype; the weights of a trained backbone stay in float32."""
         self.adapters = AdapterSwitch(model)
+        self._recomputes = False
 
     @property
     def transformer(self) -> nn.Module:
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
         Right padding needs no mask under causal attention: a real token never looks at what follows it. Without a mask
         the attention takes its fast causal path.
         """
-        with self.role(adapter):
+        with self.role(adapter), self._recomputing():
             output: Any = self.transformer(input_ids=input_ids, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
@@ -66,7 +67,26 @@ class Backbone(nn.Module):
             active = self.adapters.active
             return self.adapters.on(active), self.adapters.on(active)
 
-        self.model.train()  # transformers checkpoints in training mode only; every dropout is zero
-        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        self._recomputes = True
+        model: Any = self.model
+        # The older name is deprecated in later versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": contexts})
         if not self.spec.trainable:
             self.model.enable_input_require_grads()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Training mode for a forward pass that a backward pass follows, where activations are recomputed.
+
+        transformers recomputes in that mode only, and in that mode it drops the cache that generation needs. Every
+        dropout is zero, so the mode changes no number.
+        """
+        if not (self._recomputes and torch.is_grad_enabled()):
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()

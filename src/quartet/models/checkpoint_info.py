@@ -111,11 +111,12 @@ def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -
     return CheckpointInfo(kind, name, base, adapter, config, trust_remote_code)
 
 
-def same_base(one: CheckpointInfo, other: CheckpointInfo, *, sample: int = 8) -> bool:
-    """Whether two checkpoints rest on the same full weights, judged by headers and a sample of tensors, not by path.
+def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
+    """Whether two checkpoints rest on the same full weights, judged by headers and the ends of every tensor, not by path.
 
     Heads may differ (a language model's file may hold `lm_head`, a classifier's `score`): the tensors that both files
-    share must agree in dtype and shape and be all but a head, and `sample` of them must be equal byte for byte.
+    share must agree in dtype and shape and be all but a head. Every one of them is looked at, because a base of which
+    only a few layers were trained further differs in those alone.
     """
     mine, theirs = one.tensors, other.tensors
     shared = sorted(mine.keys() & theirs.keys())
@@ -124,8 +125,7 @@ def same_base(one: CheckpointInfo, other: CheckpointInfo, *, sample: int = 8) ->
     body = {k for k in mine.keys() | theirs.keys() if ".layers." in k or ".h." in k or k.count(".") >= 3}
     if not body <= set(shared):
         return False
-    step = max(1, len(shared) // sample)
-    return all(_digest(mine[k]) == _digest(theirs[k]) for k in shared[::step])
+    return all(mine[k] == theirs[k] or _digest(mine[k]) == _digest(theirs[k]) for k in shared)
 
 
 def weight_files(name: str, key: str) -> list[Path]:

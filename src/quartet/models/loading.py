@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from quartet.config import ModelsConfig
 from quartet.errors import CheckpointError
 from quartet.models import adapters
+from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo, same_base
 from quartet.models.heads import LogitHead, ScalarHead, read_score_head
@@ -160,6 +161,7 @@ def _attach(
 
 def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
     model.eval()
+    use_short_attention(model)
     model.requires_grad_(spec.trainable)
     for adapter in spec.adapters:
         for _, parameter in adapters.adapter_parameters(model, adapter.name):

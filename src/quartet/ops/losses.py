@@ -1,6 +1,7 @@
 """PPO's clipped losses per token, 0 outside the mask: the caller sums them and divides by what it normalises by.
 
-Masked positions may hold NaN: they are replaced before any arithmetic, so that neither losses nor gradients see them.
+Masked positions may hold NaN: `where` stands before the arithmetic as well as after it, so that the gradients do not see
+them either (0 times NaN is NaN).
 """
 
 from __future__ import annotations
@@ -95,8 +96,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     total = masked_var(returns, mask)
     residual = masked_var(returns - values, mask)
-    varies = total > 0
-    return torch.where(varies, 1.0 - residual / torch.where(varies, total, 1.0), 0.0)
+    return torch.where(total > 0, 1.0 - residual / total, 0.0)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -111,8 +111,7 @@ def _policy_terms(
 ) -> tuple[Tensor, Tensor]:
     assert advantages.shape == mask.shape, f"advantages {tuple(advantages.shape)}, mask {tuple(mask.shape)}"
     ratio = torch.exp(_log_ratio(logprobs, old_logprobs, mask))
-    weight = -torch.where(mask, advantages, 0.0)
-    return weight * ratio, weight * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -advantages * ratio, -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
 
 
 def _value_terms(

@@ -11,7 +11,7 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 def checked_rewards(values: object, count: int, source: str) -> list[float]:
-    """`values` as `count` floats. A list, a tuple, an array or a tensor of one dimension is taken; booleans count as 0, 1.
+    """`values` as `count` floats: a list, a tuple, an array or a tensor of one dimension; booleans count as 0 and 1.
 
     Raises RewardError that names the source and the first wrong episode of the batch, counted from 0, if there are
     more or fewer than `count`, or one is not a number, not finite or too large for float32.

@@ -90,6 +90,7 @@ class HttpReward:
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 answer: bytes = response.read(MAX_ANSWER_BYTES + 1)
+                declared = response.headers.get("Content-Length", "")
         except urllib.error.HTTPError as error:
             with error:
                 self._refuse(error)
@@ -107,6 +108,9 @@ class HttpReward:
             ) from error
         if len(answer) > MAX_ANSWER_BYTES:
             raise RewardError(f"{self._label} answered more than {MAX_ANSWER_BYTES} bytes; return the rewards alone")
+        if declared.isdigit() and len(answer) < int(declared):
+            # `read` with a size returns what came before the connection broke and raises nothing.
+            raise _Temporary(f"the connection broke after {len(answer)} of {declared} bytes")
         return answer
 
     def _refuse(self, error: urllib.error.HTTPError) -> None:

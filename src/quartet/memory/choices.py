@@ -1,0 +1,131 @@
+"""What the memory of a run depends on, in a form that a search can vary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from quartet.config import Config, LoraConfig
+from quartet.models.precision import resolve_dtype
+
+DtypeName = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The settings that trade memory for speed or precision."""
+
+    sharing: str
+    """separate, paired, single or auto."""
+    lora: LoraConfig | None
+    dtype: DtypeName
+    checkpointing: bool
+    microbatch_rows: int
+    batch_rows: int
+    quantization: str | None = None
+    """4bit, 8bit or None."""
+    offload: str = "none"
+    """none, or cpu: frozen backbones are in host memory between uses."""
+    freeze_layers: int = 0
+    world_size: int = 1
+    engine: str = "none"
+    """none, ddp, zero2, zero3 or fsdp2."""
+    gather_for_rollout: bool = False
+    """Whether each process holds the whole policy while it generates."""
+    rollout_engine: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The sizes of one iteration that the user gave and that no search changes."""
+
+    longest_prompt: int
+    """Tokens of the longest prompt."""
+    response_length: int
+    batch_size: int
+    """Episodes per iteration, all processes together."""
+    minibatches: int
+    entropy_gradient: bool
+    top_p: float
+    temperature: float
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.longest_prompt + self.response_length
+
+    def minibatch_rows(self, world_size: int) -> int:
+        """Episodes of one optimizer step in one process."""
+        return max(1, self.batch_size // self.minibatches // world_size)
+
+    def process_rows(self, world_size: int) -> int:
+        """Episodes of one iteration in one process."""
+        return max(1, self.batch_size // world_size)
+
+
+def plan_device(name: str) -> torch.device:
+    """The device that a configuration means; `cuda` is accepted on machines without one, which can still plan."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choices_of(config: Config, device: torch.device, *, world_size: int = 1, engine: str | None = None) -> Choices:
+    """The settings of a configuration.
+
+    Args:
+        device: decides what `models.dtype: auto` means.
+        world_size: processes.
+        engine: overrides `distributed.engine`.
+    """
+    models: Any = config.models
+    distributed: Any = getattr(config, "distributed", None)
+    chosen = engine or str(getattr(distributed, "engine", "none"))
+    if chosen == "auto":
+        chosen = "ddp" if world_size > 1 else "none"
+    return Choices(
+        sharing=models.sharing,
+        lora=models.lora,
+        dtype=_dtype(models.dtype, device),
+        checkpointing=models.gradient_checkpointing,
+        microbatch_rows=config.ppo.microbatch_rows,
+        batch_rows=config.rollout.batch_rows,
+        quantization=getattr(models, "quantization", None),
+        offload=getattr(models, "offload", "none"),
+        freeze_layers=getattr(models, "freeze_layers", 0),
+        world_size=world_size,
+        engine=chosen,
+        gather_for_rollout=getattr(distributed, "gather_for_rollout", False) is True,
+        rollout_engine=config.rollout.engine,
+    )
+
+
+def workload_of(config: Config, longest_prompt: int | None = None) -> Workload:
+    """The sizes of a configuration's iteration.
+
+    Args:
+        longest_prompt: tokens of the longest prompt where the prompts are known; `data.max_prompt_tokens` otherwise.
+    """
+    known = config.data.max_prompt_tokens if longest_prompt is None else longest_prompt
+    return Workload(
+        longest_prompt=known,
+        response_length=config.rollout.response_length,
+        batch_size=config.rollout.batch_size,
+        minibatches=config.ppo.minibatches,
+        entropy_gradient=config.ppo.entropy_coef > 0,
+        top_p=config.rollout.top_p,
+        temperature=config.rollout.temperature,
+    )
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """The dtype of a name."""
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _dtype(name: str, device: torch.device) -> DtypeName:
+    if name == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        return "bfloat16"  # planned for a GPU elsewhere; every GPU that large models run on computes in it
+    return "bfloat16" if resolve_dtype(name, device) == torch.bfloat16 else "float32"

@@ -1,0 +1,156 @@
+"""Sizes of a backbone's weights, from its configuration and its safetensors headers; no weight is read."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from quartet.errors import CheckpointError
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.loading import without_dropout
+from quartet.models.plan import Task
+
+_FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What is in a backbone, adapters and scalar heads aside."""
+
+    tensors: dict[str, tuple[int, ...]]
+    """Shapes of the distinct parameters by name."""
+    head: frozenset[str]
+    """Which of them are the LM head's own; empty where it is tied to the embeddings."""
+    linear: frozenset[str]
+    """Which of them quantization replaces: weights of linear layers within the transformer."""
+    buffer_bytes: int
+    prefix: str
+    """Of the transformer's parameters, with a dot."""
+    layers: int
+    hidden: int
+    largest_layer: int
+    """Parameters of the largest decoder layer."""
+    period: int
+    """The layers repeat after this many; `layers` where they do not repeat."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of distinct parameters, LM head included."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of an LM head that is not tied."""
+        return sum(math.prod(self.tensors[name]) for name in self.head)
+
+    def mapped_parameters(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
+        """Parameters whose tensor in the file has this dtype and shape: loading on a CPU maps them and copies nothing."""
+        found = 0
+        for name, shape in self.tensors.items():
+            bare = name.removeprefix(self.prefix)
+            stored = next((info.tensors[n] for n in (name, bare, self.prefix + bare) if n in info.tensors), None)
+            if stored is not None and stored.shape == shape and _FILE_DTYPES.get(stored.dtype) == dtype:
+                found += math.prod(shape)
+        return found
+
+
+def empty_model(
+    info: CheckpointInfo, task: Task, *, depth: int | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The checkpoint's model as loading makes it, without the classifier's head, on the current default device.
+
+    Args:
+        depth: number of decoder layers; None for all.
+
+    Raises:
+        CheckpointError: transformers has no such class for this family.
+    """
+    config = truncated(without_dropout(info.config), depth)
+    config.use_cache = False
+    loader: Any = AutoModelForCausalLM
+    if task == "classifier":
+        loader, config.num_labels = AutoModelForSequenceClassification, 1
+    try:
+        model = loader.from_config(config, dtype=dtype, trust_remote_code=info.trust_remote_code)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{info.key}={info.name!r} is a {type(info.config).__name__}, for which transformers has no {loader.__name__}; "
+            "use a checkpoint of a family that has one"
+        ) from error
+    if task == "classifier":
+        for name in [n for n, _ in model.named_children() if n != model.base_model_prefix]:
+            delattr(model, name)
+    result: PreTrainedModel = model
+    return result
+
+
+def shape_of(info: CheckpointInfo, task: Task) -> BackboneShape:
+    """Build the model on the meta device, at full depth, and count.
+
+    Raises:
+        CheckpointError: as `empty_model`.
+    """
+    with torch.device("meta"):
+        model = empty_model(info, task)
+    prefix = model.base_model_prefix + "."
+    tensors = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    layers = decoder_layers(model)
+    modules = dict(model.named_modules())
+    linear = {
+        name
+        for name in tensors
+        if name.startswith(prefix)
+        and name.endswith(".weight")
+        and type(modules[name.removesuffix(".weight")]).__name__ in ("Linear", "Conv1D")
+    }
+    return BackboneShape(
+        tensors=tensors,
+        head=frozenset(name for name in tensors if not name.startswith(prefix)),
+        linear=frozenset(linear),
+        buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+        prefix=prefix,
+        layers=len(layers),
+        hidden=int(info.config.get_text_config().hidden_size),
+        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        period=_period(layers, info.config),
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers: the largest module list of the transformer."""
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise CheckpointError(f"{type(model).__name__} has no list of layers, so its memory cannot be planned")
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+
+
+def truncated(config: PretrainedConfig, depth: int | None) -> PretrainedConfig:
+    """A copy with that many decoder layers; lists with an entry a layer are cut alike."""
+    config = copy.deepcopy(config)
+    text: Any = config.get_text_config()
+    full = text.num_hidden_layers
+    if depth is None or depth == full:
+        return config
+    for name, given in list(vars(text).items()):
+        if isinstance(given, list) and len(given) == full:
+            setattr(text, name, given[:depth])
+    text.num_hidden_layers = depth
+    return config
+
+
+def _period(layers: nn.ModuleList, config: PretrainedConfig) -> int:
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    signs = [
+        (kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
+        for kind, layer in zip(kinds, layers, strict=True)
+    ]
+    for period in range(1, len(signs)):
+        if all(one == other for one, other in zip(signs, signs[period:], strict=False)):
+            return period
+    return len(signs)

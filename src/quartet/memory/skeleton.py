@@ -1,0 +1,167 @@
+"""The four roles of a plan on fake tensors: the code that trains, without a byte of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quartet.config import LoraConfig
+from quartet.memory.choices import Choices, torch_dtype
+from quartet.memory.shapes import decoder_layers, empty_model
+from quartet.memory.trace import LayerLabels, MemoryTrace, vocabulary_of
+from quartet.models import adapters
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.heads import LogitHead, ScalarHead
+from quartet.models.loading import _finish, _views
+from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
+from quartet.models.roles import Roles
+from quartet.records import Sequences
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequences(Sequences):
+    """n sequences of one length: what the roles ask of `Sequences`, answered from shapes alone."""
+
+    response: int = 0
+    """Response tokens of every sequence."""
+
+    @staticmethod
+    def of(rows: int, length: int, response: int) -> PlannedSequences:
+        """Fake sequences, to be made under a fake mode."""
+        counts = torch.empty(rows, dtype=torch.int64)
+        return PlannedSequences(torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response)
+
+    def positions_before(self, mask: Tensor) -> Tensor:
+        """One place for each place of the mask, as if all were True."""
+        return torch.empty(mask.numel(), dtype=torch.int64)
+
+    def response_tokens(self, mask: Tensor) -> Tensor:
+        """One token for each place of the mask."""
+        return torch.empty(mask.numel(), dtype=torch.int64)
+
+    def mask(self) -> Tensor:
+        """bool `[n, response]`."""
+        return torch.empty((len(self.input_ids), self.response), dtype=torch.bool)
+
+
+class _MarkedHead:
+    """A logit head that tells the trace when it runs."""
+
+    def __init__(self, head: LogitHead, trace: MemoryTrace, role: str) -> None:
+        self._head, self._trace, self._role = head, trace, role
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._trace.enter(f"{self._role} logits")
+        return self._head(hidden)
+
+    @property
+    def trainable(self) -> bool:
+        return self._head.trainable
+
+
+def fake_roles(
+    plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, depth: int, mode: Any
+) -> Roles:
+    """The roles as `load_roles` would make them, with `depth` layers, on fake tensors of a `fake_mode()`."""
+    dtype = torch_dtype(choices.dtype)
+    by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
+    backbones = {}
+    hidden = int(reward.config.get_text_config().hidden_size)
+    for spec in plan.backbones:
+        info = sft if spec.task == "language_model" else reward
+        with torch.device("meta"):
+            model = empty_model(info, spec.task, depth=depth, dtype=torch.float32 if spec.trainable else dtype)
+            for adapter in spec.adapters:
+                adapters.attach_fresh(model, adapter.name, _lora(adapter, choices, by_source[adapter.name]), seed=0)
+        _to_fake(model, mode)
+        backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
+    with mode:
+        score, value = ScalarHead(torch.empty(hidden), "score.weight"), ScalarHead(torch.empty(hidden), "score.weight")
+    score.requires_grad_(False)
+    return _views(plan, backbones, score, value)
+
+
+def _to_fake(model: nn.Module, mode: Any) -> None:
+    """Put fake CPU tensors in place of a model's meta tensors; what was shared stays shared."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            made[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _lora(adapter: AdapterSpec, choices: Choices, info: CheckpointInfo) -> LoraConfig:
+    if adapter.trainable:
+        assert choices.lora is not None
+        return choices.lora
+    content = info.adapter_config
+    targets = content.get("target_modules") or "all-linear"
+    return LoraConfig(
+        r=content.get("r", 8),
+        alpha=content.get("lora_alpha", 8),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+    )
+
+
+def models_of(roles: Roles) -> list[PreTrainedModel]:
+    """The distinct models."""
+    return [backbone.model for backbone in roles.backbones.values()]
+
+
+def tensors_of(roles: Roles) -> list[Tensor]:
+    """All parameters and buffers, heads included."""
+    found: list[Tensor] = [roles.value.head.weight, roles.reward.head.weight]
+    for model in models_of(roles):
+        found += [*model.parameters(), *model.buffers()]
+    return found
+
+
+@contextmanager
+def traced(roles: Roles) -> Iterator[MemoryTrace]:
+    """A trace over the roles' layers and logit heads."""
+    vocabulary = max(vocabulary_of(model) for model in models_of(roles))
+    trace = MemoryTrace(tensors_of(roles), vocabulary=vocabulary)
+    labels = LayerLabels(trace)
+    for name, backbone in roles.backbones.items():
+        labels.watch(decoder_layers(backbone.model), _namer(roles, name))
+    views: list[Any] = [roles.policy, roles.reference]
+    heads = [view.head for view in views]
+    for view, role in zip(views, ("policy", "reference"), strict=True):
+        view.head = _MarkedHead(view.head, trace, role)
+    try:
+        with trace:
+            yield trace
+    finally:
+        labels.remove()
+        for view, head in zip(views, heads, strict=True):
+            view.head = head
+
+
+def _namer(roles: Roles, backbone: str) -> Any:
+    """A function that says which role runs on a backbone, by the adapter that is on."""
+    by_adapter: dict[str | None, str] = {}
+    for view in roles.plan.views:
+        if view.backbone == backbone:
+            by_adapter.setdefault(view.adapter, view.role)
+    switch = roles.backbones[backbone].adapters
+    return lambda: by_adapter.get(switch.active, backbone)
+
+
+def trained_specs(plan: SharingPlan) -> list[BackboneSpec]:
+    """Backbones whose own weights are trained."""
+    return [spec for spec in plan.backbones if spec.trainable]

@@ -1,0 +1,170 @@
+"""Counts the bytes of every tensor that comes and goes while code runs on fake tensors, which have shapes but no data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ACTIVATIONS, GRADIENTS, LOGITS, CACHE = "activations", "gradients", "logits", "kv_cache"
+KINDS = (ACTIVATIONS, GRADIENTS, LOGITS, CACHE)
+Bytes = dict[str, float]
+"""Bytes by kind of tensor."""
+
+
+@dataclass
+class _Storage:
+    nbytes: int
+    kind: str
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Live bytes by kind, and their maximum within each labelled stretch of the code.
+
+    A storage counts from the operation that makes it until nothing refers to it, as in a real allocator that wastes
+    nothing. Buffers inside a kernel are not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor], *, vocabulary: int) -> None:
+        """
+        Args:
+            known: tensors that exist already and are counted elsewhere (weights).
+            vocabulary: tensors whose last dimension has this size are logits.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._vocabulary = vocabulary
+        self._live: dict[int, _Storage] = {}
+        self._now: Bytes = dict.fromkeys(KINDS, 0)
+        self._label = ""
+        self.stage = ""
+        """Prefix of the labels: forward or backward."""
+        self.peaks: dict[str, Bytes] = {}
+
+    def enter(self, label: str) -> None:
+        """Start a stretch of the code; its peak is kept under `stage label`."""
+        self._label = f"{self.stage} {label}".strip()
+        self._see()
+
+    def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what kind some live tensors are."""
+        for tensor in tensors:
+            storage = self._live.get(tensor.untyped_storage()._cdata)
+            if storage is not None:
+                self._now[storage.kind] -= storage.nbytes
+                self._now[kind] += storage.nbytes
+                storage.kind = kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._known:
+            return
+        kind = LOGITS if tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary else ACTIVATIONS
+        self._live[key] = _Storage(storage.nbytes(), kind)
+        self._now[kind] += storage.nbytes()
+        weakref.finalize(storage, self._forget, key).atexit = False
+        self._see()
+
+    def _forget(self, key: int) -> None:
+        storage = self._live.pop(key, None)
+        if storage is not None:
+            self._now[storage.kind] -= storage.nbytes
+
+    def _see(self) -> None:
+        before = self.peaks.get(self._label)
+        if before is None or sum(self._now.values()) > sum(before.values()):
+            self.peaks[self._label] = dict(self._now)
+
+
+@dataclass
+class LayerLabels:
+    """Enters a label of a trace at each decoder layer, in the forward and in the backward pass.
+
+    Only the first and the last layer get labels of their own: from layer to layer the live bytes change by the same
+    amount, so that the largest are at one of the two ends, and there they are linear in the number of layers.
+    """
+
+    trace: MemoryTrace
+    handles: list[Any] = field(default_factory=list)
+
+    def watch(self, layers: nn.ModuleList, name: Any) -> None:
+        """Label the layers of one transformer; `name()` says which role runs."""
+        last = len(layers) - 1
+        for index, layer in enumerate(layers):
+            place = "first layer" if index == 0 else "last layer" if index == last else "middle layer"
+            self.handles.append(layer.register_forward_pre_hook(self._forward(name, place)))
+            self.handles.append(layer.register_forward_hook(self._backward(name, place)))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _forward(self, name: Any, place: str) -> Any:
+        def hook(*_: Any) -> None:
+            self.trace.enter(f"{name()} {place}")
+
+        return hook
+
+    def _backward(self, name: Any, place: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            label = f"{name()} {place}"
+            if isinstance(states, Tensor) and states.requires_grad:
+                states.register_hook(lambda _: self.trace.enter(label))
+
+        return hook
+
+
+def at_depth(small: Mapping[str, Bytes], large: Mapping[str, Bytes], share: float) -> dict[str, Bytes]:
+    """Peaks at another depth, each label and kind along the line through two depths.
+
+    Args:
+        small, large: peaks by label at two depths.
+        share: (depth - small depth) / (large depth - small depth).
+    """
+    found = {}
+    for label, low in small.items():
+        if "middle layer" in label or label not in large:
+            continue
+        high = large[label]
+        found[label] = {kind: low[kind] + share * (high[kind] - low[kind]) for kind in KINDS}
+    return found
+
+
+def largest(peaks: Mapping[str, Bytes]) -> tuple[str, Bytes]:
+    """The label with most bytes and its bytes."""
+    return max(peaks.items(), key=lambda item: sum(item[1].values()))
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have shape, dtype and device but no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Rows of a model's input embeddings."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else -1
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """Gradients that are there."""
+    return [p.grad for p in model.parameters() if p.grad is not None]

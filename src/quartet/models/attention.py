@@ -1,0 +1,78 @@
+"""Attention of short sequences in bfloat16 on the CPU, where the fused kernel's backward is slow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+NAME = "quartet_short"
+LONGEST = 192
+"""Tokens up to which plain matrix products beat the fused kernel (forward and backward, bfloat16, measured)."""
+
+
+def use_short_attention(model: PreTrainedModel) -> None:
+    """Let a model that computes with `sdpa` take plain matrix products where they are faster: short causal sequences in
+    bfloat16 on the CPU with gradients. Everything else goes on to `sdpa` unchanged."""
+    if model.config._attn_implementation != "sdpa":
+        return
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(NAME, short_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        assert NAME in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+    model.set_attn_implementation(NAME)
+
+
+def short_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T * scaling + causal mask) v.
+
+    Args:
+        query: `[n, heads, L, d]`.
+        key, value: `[n, key heads, L, d]`; each serves `heads / key heads` query heads.
+        attention_mask: None for right-padded sequences.
+
+    Returns:
+        `[n, L, heads, d]`, and None for the weights.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length = query.shape[2]
+    plain = (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and attention_mask is None
+        and causal
+        and not dropout
+        and 1 < length <= LONGEST
+        and key.shape[2] == length
+        and kwargs.get("position_bias") is None
+    )
+    if not plain:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return output
+    rows, heads, _, width = query.shape
+    shared = key.shape[1]
+    grouped = query.reshape(rows, shared, heads // shared * length, width)
+    weights = torch.matmul(grouped, key.transpose(2, 3)).view(rows, heads, length, length)
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scale = width**-0.5 if scaling is None else scaling
+    weights = (weights.float() * scale).masked_fill_(hidden, float("-inf")).softmax(-1).to(value.dtype)
+    mixed = torch.matmul(weights.view(rows, shared, heads // shared * length, length), value)
+    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None

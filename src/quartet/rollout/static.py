@@ -1,0 +1,318 @@
+"""Generation with a preallocated cache: a row that stops makes room for the next prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quartet.models.roles import LanguageView
+from quartet.records import Prompts, Rollout
+from quartet.rollout.engine import SamplingSettings
+from quartet.rollout.sampling import episode_uniforms, sample
+from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
+
+COLUMN_STEP = 16
+"""Attention runs over a multiple of so many columns, so that its shapes repeat."""
+PREFILL_TOKENS = 4096
+"""Most tokens, padding included, of one forward pass over prompts."""
+PREFILL_WASTE = 0.25
+"""Largest share of padding in it."""
+REFILL_SHARE = 8
+"""Prompts wait until one in so many rows is free."""
+
+
+class Decoder:
+    """Runs a policy's transformer over a `RowCache`."""
+
+    def __init__(self, policy: LanguageView) -> None:
+        backbone = policy.backbone
+        self._transformer = backbone.transformer
+        self._patterns = layer_patterns(backbone.model.config)
+        self._dtype = backbone.dtype
+        if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
+            raise NotDrivable("it takes no position_ids")
+
+    def new_cache(self, rows: int, columns: int) -> RowCache:
+        """An empty cache in the computation dtype."""
+        return RowCache(self._patterns, rows, _rounded(columns), self._dtype)
+
+    def prefill(self, cache: RowCache, first: int, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Put prompts into the rows from `first` on.
+
+        Args:
+            ids: int64 `[m, L]`, padded on the right with anything: no token looks at what follows it.
+            lengths: int64 `[m]`.
+
+        Returns:
+            Hidden states `[m, H]` of the last token of each prompt.
+        """
+        cache.prefill(first)
+        output: Any = self._transformer(input_ids=ids, past_key_values=cache, use_cache=True)
+        states: Tensor = output.last_hidden_state
+        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
+
+    def step(self, cache: RowCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Append one token to each of the rows 0 to n - 1.
+
+        Args:
+            tokens: int64 `[n]`.
+            positions: int64 `[n]`, tokens that each row holds already.
+            longest: the largest of `positions`.
+
+        Returns:
+            Hidden states `[n, H]` of these tokens.
+        """
+        columns = _rounded(longest + 1)
+        cache.decode(positions, columns)
+        output: Any = self._transformer(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            attention_mask=decode_masks(self._patterns, positions, columns, self._dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states: Tensor = output.last_hidden_state
+        return states[:, -1]
+
+
+@dataclass
+class _Responses:
+    """The rollout's tensors while they fill."""
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    uniforms: Tensor | None
+    decode_steps: int = 0
+
+
+@dataclass
+class _Rows:
+    """The rows that are being decoded: slots 0 to n - 1 of the cache."""
+
+    cache: RowCache
+    episode: Tensor
+    """int64 `[batch rows]`: place of each slot's prompt in the rollout."""
+    position: Tensor
+    """int64 `[batch rows]`: tokens in the cache."""
+    step: Tensor
+    """int64 `[batch rows]`: response tokens sampled."""
+    token: Tensor
+    """int64 `[batch rows]`: the last of them, not yet in the cache."""
+    clock: int = 0
+    """Decode steps so far; with the lists below, the host knows every length without asking the device."""
+    born: list[int] = field(default_factory=list)
+    """For each live slot, the clock when its prompt came in."""
+    prompt: list[int] = field(default_factory=list)
+    """For each live slot, its prompt's length."""
+
+    @property
+    def live(self) -> int:
+        return len(self.born)
+
+    @property
+    def longest(self) -> int:
+        """The largest `position` of a live slot."""
+        return self.clock + max(p - b for p, b in zip(self.prompt, self.born, strict=True))
+
+
+class StaticEngine:
+    """Decodes up to `batch_rows` rows at once and refills the places of rows that stopped.
+
+    Every row's tokens stand in columns 0, 1, ... of its own row of the cache, whatever the other rows do, so that nothing
+    is padded on the left, copied to grow, or moved but the rows that fill holes.
+
+    Raises:
+        NotDrivable: this model cannot be decoded so; `DynamicEngine` can.
+    """
+
+    def __init__(self, policy: LanguageView, settings: SamplingSettings) -> None:
+        self._policy = policy
+        self._settings = settings
+        self._decoder = Decoder(policy)
+        with _generating(policy):
+            check(self._decoder, policy)
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, *, greedy: bool = False) -> Rollout:
+        """Sample (or decode greedily) one response for each prompt; see `RolloutEngine`."""
+        settings, device = self._settings, self._policy.backbone.device
+        shape = len(prompts), settings.response_length
+        uniforms = None if greedy else episode_uniforms(settings.seed, prompts.episodes, shape[1]).to(device)
+        out = _Responses(
+            tokens=torch.full(shape, settings.pad_id, device=device),
+            mask=torch.zeros(shape, dtype=torch.bool, device=device),
+            logprobs=torch.zeros(shape, device=device),
+            uniforms=uniforms,
+        )
+        with _generating(self._policy):
+            self._decode(prompts, out)
+        if settings.stop_id is None:
+            stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        else:
+            stopped = ((out.tokens == settings.stop_id) & out.mask).any(-1)
+        return Rollout(
+            prompts=prompts,
+            tokens=out.tokens,
+            response_mask=out.mask,
+            logprobs=out.logprobs,
+            stopped=stopped,
+            decode_steps=out.decode_steps,
+        )
+
+    def _decode(self, prompts: Prompts, out: _Responses) -> None:
+        lengths = [len(tokens) for tokens in prompts.tokens]
+        waiting = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+        size = min(self._settings.batch_rows, len(prompts))
+        rows = self._empty_rows(size, max(lengths) + self._settings.response_length)
+        while waiting or rows.live:
+            free = size - rows.live
+            if waiting and (not rows.live or free >= max(1, size // REFILL_SHARE)):
+                for group in like_length([lengths[row] for row in waiting[:free]]):
+                    self._admit(rows, prompts, waiting[:group], out)
+                    del waiting[:group]
+                continue
+            live = slice(0, rows.live)
+            hidden = self._decoder.step(rows.cache, rows.token[live], rows.position[live], rows.longest)
+            rows.clock += 1
+            rows.position[live] += 1
+            out.decode_steps += 1
+            self._sample(rows, live, hidden, out)
+
+    def _empty_rows(self, size: int, columns: int) -> _Rows:
+        device = self._policy.backbone.device
+        state = torch.zeros((4, size), dtype=torch.int64, device=device)
+        return _Rows(self._decoder.new_cache(size, columns), *state)
+
+    def _admit(self, rows: _Rows, prompts: Prompts, chosen: list[int], out: _Responses) -> None:
+        """Prefill waiting prompts into the slots after the live ones and sample their first tokens."""
+        device = rows.token.device
+        texts = [prompts.tokens[row] for row in chosen]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._settings.pad_id).to(device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        slots = slice(rows.live, rows.live + len(chosen))
+        hidden = self._decoder.prefill(rows.cache, slots.start, ids, lengths)
+        rows.episode[slots] = torch.tensor(chosen, device=device)
+        rows.position[slots] = lengths
+        rows.step[slots] = 0
+        rows.born += [rows.clock] * len(chosen)
+        rows.prompt += [len(text) for text in texts]
+        self._sample(rows, slots, hidden, out)
+
+    def _sample(self, rows: _Rows, slots: slice, hidden: Tensor, out: _Responses) -> None:
+        """Sample a token for some slots, keep it, and release the slots that are done."""
+        settings = self._settings
+        place = rows.episode[slots], rows.step[slots]
+        logits = self._policy.head(hidden)
+        if out.uniforms is None:
+            scaled = logits.float() / settings.temperature
+            tokens = scaled.argmax(-1)
+            logprobs = scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        else:
+            tokens, logprobs = sample(
+                logits, out.uniforms[place], temperature=settings.temperature, top_p=settings.top_p
+            )
+        out.tokens[place] = tokens
+        out.logprobs[place] = logprobs
+        out.mask[place] = True
+        rows.token[slots] = tokens
+        rows.step[slots] += 1
+        done = {slot for slot in range(slots.start, slots.stop) if self._is_full(rows, slot)}
+        if settings.stop_id is not None:  # the one question to the device in a step
+            done.update(slots.start + place for place in (tokens == settings.stop_id).nonzero().flatten().tolist())
+        if done:
+            _release(rows, done)
+
+    def _is_full(self, rows: _Rows, slot: int) -> bool:
+        return rows.clock - rows.born[slot] + 1 == self._settings.response_length
+
+
+def _release(rows: _Rows, done: set[int]) -> None:
+    """Take slots out; the last live ones move into the holes."""
+    left = rows.live - len(done)
+    holes = sorted(slot for slot in done if slot < left)
+    movers = [slot for slot in range(left, rows.live) if slot not in done]
+    if holes:
+        columns = rows.clock + max(rows.prompt[slot] - rows.born[slot] for slot in movers)
+        target, source = torch.tensor([holes, movers], device=rows.token.device)
+        rows.cache.move(source, target, columns)
+        for state in (rows.episode, rows.position, rows.step, rows.token):
+            state[target] = state[source]
+        for hole, mover in zip(holes, movers, strict=True):
+            rows.born[hole], rows.prompt[hole] = rows.born[mover], rows.prompt[mover]
+    del rows.born[left:], rows.prompt[left:]
+
+
+def like_length(lengths: list[int]) -> list[int]:
+    """Sizes of consecutive groups to prefill together.
+
+    Args:
+        lengths: of the prompts in order, longest first.
+
+    Returns:
+        Group sizes; a group wastes at most `PREFILL_WASTE` of its places on padding and holds at most
+        `PREFILL_TOKENS` places (a single longer prompt stands alone).
+    """
+    groups: list[int] = []
+    longest = used = 0
+    for length in lengths:
+        count = groups[-1] + 1 if groups else 0
+        if groups and count * longest <= PREFILL_TOKENS and used + length >= (1 - PREFILL_WASTE) * count * longest:
+            groups[-1], used = count, used + length
+        else:
+            groups.append(1)
+            longest = used = length
+    return groups
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // COLUMN_STEP) * COLUMN_STEP
+
+
+@contextmanager
+def _generating(policy: LanguageView) -> Iterator[None]:
+    """Run as the policy, in evaluation mode: in training mode, gradient checkpointing takes the cache away unasked."""
+    model = policy.backbone.model
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with policy.active(), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check(decoder: Decoder, policy: LanguageView) -> None:
+    """Decode a few tokens in rows of unequal length and compare with a plain forward pass.
+
+    Raises:
+        NotDrivable: the model fails, or gives other hidden states.
+    """
+    device = policy.backbone.device
+    vocabulary = policy.backbone.model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(3 * 7, device=device).reshape(3, 7) * 7 + 3) % vocabulary
+    lengths = torch.tensor([5, 2, 3], device=device)
+    row = torch.arange(2, device=device)
+    try:
+        cache = decoder.new_cache(2, 7)
+        found = [decoder.prefill(cache, 0, ids[:2, :5], lengths[:2])]
+        found.append(decoder.step(cache, ids[row, lengths[:2]], lengths[:2], 5))
+        cache.move(row[1:], row[:1], 3)  # the second row takes the place of the first, a third prompt comes in
+        found.append(decoder.prefill(cache, 1, ids[2:, :3], lengths[2:]))
+        found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, 3))
+        plain = policy.backbone.hidden(ids, policy.adapter)
+    except Exception as error:
+        raise NotDrivable(f"a decoding step fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    places = [(0, 4), (1, 1), (0, 5), (1, 2), (2, 2), (1, 3), (2, 3)]
+    expected = torch.stack([plain[place] for place in places]).float()
+    error_size = (torch.cat(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    worst = float(error_size.max())
+    if not worst <= (1e-3 if policy.backbone.dtype == torch.float32 else 0.1):
+        raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")

@@ -1,0 +1,74 @@
+"""Shared fixtures: one thread for torch, tiny checkpoints, tiny runs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Tree = dict[str, Any]
+TinyRun = Callable[..., Tree]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_no_network() -> Iterator[None]:
+    """Tests share few cores, and none of them may reach the network."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    if before is None:
+        del os.environ["HF_HUB_OFFLINE"]
+    else:
+        os.environ["HF_HUB_OFFLINE"] = before
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`library.path(family, name)`: a tiny checkpoint (see tests/checkpoints.py). Not to be written to."""
+    from checkpoints import Library
+
+    return Library(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def tiny_run(library: Any, tmp_path: Path) -> TinyRun:
+    """tiny_run(family, sft="sft", reward="reward", **{"ppo.iterations": 1}): nested values of a small configuration."""
+
+    def make(family: str = "llama", sft: str = "sft", reward: str = "reward", **changes: Any) -> Tree:
+        prompts = tmp_path / "prompts.txt"
+        if not prompts.exists():
+            prompts.write_text("".join(f"{word}\n" for word in ("a", "to be", "why?", "q 12", "one two", "zz", "x-y")))
+        tree: Tree = {
+            "models": {
+                "sft": str(library.path(family, sft)),
+                "reward": str(library.path(family, reward)),
+                "dtype": "float32",
+                "device": "cpu",
+            },
+            "data": {"prompts": str(prompts), "eval_count": 0},
+            "rollout": {"batch_size": 4, "response_length": 6, "batch_rows": 3},
+            "ppo": {"iterations": 1, "epochs": 2, "minibatches": 2, "microbatch_rows": 2, "learning_rate": 1.0e-3},
+            "run": {"dir": str(tmp_path / "run"), "seed": 3, "save_every": 0},
+        }
+        return changed(tree, changes)
+
+    return make
+
+
+def changed(tree: Tree, changes: Tree) -> Tree:
+    """A copy with values set by dotted key."""
+    tree = copy.deepcopy(tree)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return tree
