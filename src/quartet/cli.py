@@ -52,23 +52,38 @@ def _positive(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _quiet_libraries()
     from quartet.demo.run import run_demo
 
     run_demo(iterations=options.iterations, seed=options.seed, out=options.out)
     return 0
 
 
+def _quiet_libraries() -> None:
+    """Only errors of the libraries below: what users must know, Quartet says in its own words."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def _train(options: argparse.Namespace) -> int:
     from quartet.config import load_config
-    from quartet.trainer import train
 
     config = load_config(options.config, options.overrides)
+    _quiet_libraries()
+    from quartet.trainer import train
+
     folder = train(config)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
     return 0
 
 
 def _resume(options: argparse.Namespace) -> int:
+    _quiet_libraries()
     from quartet.trainer import resume
 
     folder = resume(options.run)

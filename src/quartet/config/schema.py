@@ -48,6 +48,9 @@ class ModelsConfig(Section):
     """LoRA adapters for policy and value; null is full fine-tuning."""
     value_head_init: Literal["reward", "zero"] = "reward"
     """Where the value head starts: the reward model's score head, or zeros."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Hold frozen backbones in 4 bit (nf4) or 8 bit (int8) through bitsandbytes; heads, norms, embeddings and adapters
+    stay in full precision, trained weights are never quantized."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Computation and frozen weights. bfloat16 keeps adapters, heads and trained weights in float32 and uses autocast.
     auto: bfloat16 where the device computes in it, else float32."""

@@ -114,7 +114,7 @@ def _only_head(info: CheckpointInfo, names: list[str], stored: dict[str, tuple[s
     missing = [name for name in names if name not in stored]
     extra = sorted(stored.keys() - set(names))
     if missing:
-        found = f" (it holds {', '.join(extra)} instead)" if extra else ""
+        found = f" (it holds {', '.join(extra[:3])}{' …' if len(extra) > 3 else ''} instead)" if extra else ""
         raise CheckpointError(
             f"{where} has no scalar head: {', '.join(missing)} is missing{found}; "
             "give a checkpoint of AutoModelForSequenceClassification trained with num_labels=1"

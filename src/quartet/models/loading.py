@@ -22,6 +22,7 @@ from quartet.models.checkpoint_info import CheckpointInfo, same_base
 from quartet.models.heads import LogitHead, ScalarHead, read_score_head
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
 from quartet.models.precision import resolve_device, resolve_dtype
+from quartet.models.quantize import quantization_config, seal
 from quartet.models.roles import LanguageView, Roles, ScalarView, TrainedPair
 
 
@@ -64,9 +65,10 @@ def load_roles(
     backbones: dict[str, Backbone] = {}
     for spec in plan.backbones:
         info = sft if spec.task == "language_model" else reward
-        model = _load_weights(spec, info, torch.float32 if spec.trainable else dtype)
+        quantization = None if spec.trainable else models.quantization
+        model = _load_weights(spec, info, torch.float32 if spec.trainable else dtype, device, quantization)
         _attach(spec, model, models, by_source, seed)
-        backbones[spec.name] = _finish(spec, model.to(device), dtype, models.gradient_checkpointing)
+        backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
     return _views(plan, backbones, score, value)
 
 
@@ -93,12 +95,19 @@ def _views(plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead,
     )
 
 
-def _load_weights(spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> PreTrainedModel:
     config = without_dropout(info.config)
     config.use_cache = False
     loader: Any = AutoModelForCausalLM
     if spec.task == "classifier":
         loader, config.num_labels = AutoModelForSequenceClassification, 1
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+        if device.type == "cuda":
+            options["device_map"] = {"": device}  # bitsandbytes quantizes on the way to the GPU
     try:
         with _quiet():
             model, report = loader.from_pretrained(
@@ -106,8 +115,10 @@ def _load_weights(spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype) 
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 trust_remote_code=info.trust_remote_code,
                 use_safetensors=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -116,7 +127,9 @@ def _load_weights(spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype) 
     if spec.task == "classifier":
         for name in [n for n, _ in model.named_children() if n != model.base_model_prefix]:
             delattr(model, name)  # the heads of value and reward model are held by their roles
-    result: PreTrainedModel = model
+    if quantization is not None:
+        seal(model, quantization)
+    result: PreTrainedModel = model if quantization is not None else model.to(device)
     return result
 
 
@@ -125,10 +138,12 @@ def _refuse_gaps(spec: BackboneSpec, info: CheckpointInfo, model: PreTrainedMode
     prefix = model.base_model_prefix + "."
     missing = sorted(str(k) for k in report["missing_keys"])
     unused = sorted(str(k) for k in report["unexpected_keys"])
-    if spec.task == "classifier" or info.adapter is not None:
-        missing = [k for k in missing if k.startswith(prefix)]
-        unused = [k for k in unused if k.startswith(prefix)]
     wrong = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report.get("mismatched_keys", ()))
+    if spec.task == "classifier":
+        missing = [k for k in missing if k.startswith(prefix)]
+        wrong = [k for k in wrong if k.startswith(prefix)]
+    if spec.task == "classifier" or info.adapter is not None:
+        unused = [k for k in unused if k.startswith(prefix)]
     if missing or unused or wrong:
         parts = [
             f"{word} {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}"

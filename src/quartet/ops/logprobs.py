@@ -109,8 +109,8 @@ class _Workspace:
         self._probabilities: Tensor | None = None
 
     def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the shape of `logits`, float32 at least, holding anything."""
-        if self._shifted is None or self._probabilities is None or len(self._shifted) < len(logits):
+        """Two tensors of the shape of `logits`, float32 at least, holding anything; no call may bring more rows than the first."""
+        if self._shifted is None or self._probabilities is None:
             self._shifted = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
             self._probabilities = torch.empty_like(self._shifted)
         return self._shifted[: len(logits)], self._probabilities[: len(logits)]

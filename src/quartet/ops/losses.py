@@ -1,7 +1,7 @@
 """PPO's clipped losses per token, 0 outside the mask: the caller sums them and divides by what it normalises by.
 
-Masked positions may hold NaN: `where` stands before the arithmetic as well as after it, so that the gradients do not see
-them either (0 times NaN is NaN).
+Masked positions may hold NaN: `where` stands before the arithmetic as well as after it, so that the gradients do not
+see them either (0 times NaN is NaN).
 """
 
 from __future__ import annotations

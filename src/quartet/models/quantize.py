@@ -1,0 +1,70 @@
+"""Frozen backbones in 4 or 8 bit through bitsandbytes, with its traps closed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from quartet.errors import ConfigError
+
+BLOCK = 64
+"""Weights that share one scale in nf4; a row must be whole blocks."""
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> Any:
+    """What `from_pretrained` needs to quantize while it loads: nf4 with double quantization, or LLM.int8.
+
+    Heads stay as they are: transformers leaves output embeddings and classification heads alone.
+
+    Args:
+        kind: 4bit or 8bit.
+        dtype: of the matrix products.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"models.quantization={kind} needs bitsandbytes, which is not installed; pip install quartet-rlhf[quantization]"
+        )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def seal(model: nn.Module, kind: str) -> None:
+    """Close the traps of a freshly quantized model.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward without gradients (any rollout) to a
+    kernel that has no backward, after which gradients of the layers below vanish silently. That kernel is turned off.
+
+    Raises:
+        ConfigError: nothing was quantized, or a layer's rows are not whole blocks of 64.
+    """
+    import bitsandbytes as bnb
+
+    wanted = bnb.nn.Linear4bit if kind == "4bit" else bnb.nn.Linear8bitLt
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, wanted)]
+    if not layers:
+        raise ConfigError(
+            f"models.quantization={kind} found no linear layer to quantize in {type(model).__name__}; "
+            "use models.quantization=null"
+        )
+    for name, layer in layers:
+        if kind == "4bit":
+            if layer.in_features % BLOCK:
+                raise ConfigError(
+                    f"models.quantization=4bit needs rows of whole blocks of {BLOCK} weights, and {name} has "
+                    f"{layer.in_features} inputs; use models.quantization=8bit"
+                )
+            layer.support_avx512bf16_for_cpu = False

@@ -1,0 +1,117 @@
+"""Quantized frozen backbones: gradients are right, before and after a rollout, and heads keep their precision."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from quartet.config import LoraConfig, ModelsConfig
+from quartet.errors import ConfigError
+from quartet.models.checkpoint_info import read_checkpoint
+from quartet.models.loading import load_roles, plan_for
+from quartet.models.roles import Roles
+from quartet.records import Prompts, Sequences
+from quartet.rollout.dynamic import DynamicEngine
+from quartet.rollout.engine import SamplingSettings
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("quantized")
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        vocab_size=97,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "sft")
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(root / "reward")
+    return root / "sft", root / "reward"
+
+
+def load(folders: tuple[Path, Path], quantization: str | None, dtype: str = "float32") -> Roles:
+    models = ModelsConfig(
+        sft=str(folders[0]), reward=str(folders[1]), lora=LoraConfig(r=4), quantization=quantization, dtype=dtype
+    )
+    sft, reward = read_checkpoint(models.sft, "sft"), read_checkpoint(models.reward, "reward")
+    roles = load_roles(models, plan_for(models, sft, reward), sft, reward, seed=0)
+    torch.manual_seed(5)
+    for backbone in roles.backbones.values():
+        for name, parameter in backbone.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.05)
+    return roles
+
+
+def gradients(roles: Roles) -> dict[str, torch.Tensor]:
+    sequences = Sequences(
+        torch.arange(3, 39).reshape(3, 12) % 97, torch.tensor([4, 5, 6]), torch.tensor([8, 7, 6])
+    )
+    mask = torch.arange(8) < sequences.response_lengths[:, None]
+    roles.trained.zero_grad(set_to_none=True)
+    logprobs, _, values = roles.trained(
+        sequences, mask, mask, temperature=1.0, with_entropy=False, entropy_grad=False
+    )
+    (logprobs.sum() + values.square().sum()).backward()
+    found = {}
+    for role in ("policy", "value"):
+        for name, parameter in roles.trained_parameters(role):
+            assert parameter.grad is not None, f"{name} got no gradient"
+            found[f"{role}.{name}"] = parameter.grad.clone()
+    return found
+
+
+def roll_out(roles: Roles) -> None:
+    settings = SamplingSettings(6, 1.0, 1.0, None, 0, 4, 0)
+    prompts = Prompts((0, 1), ("a", "b"), (torch.tensor([5, 6, 7]), torch.tensor([8, 9])))
+    DynamicEngine(roles.policy, settings).generate(prompts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_gradients_after_a_rollout_equal_those_before(folders: tuple[Path, Path], kind: str, dtype: str) -> None:
+    roles = load(folders, kind, dtype)
+    before = gradients(roles)
+    roll_out(roles)
+    after = gradients(roles)
+    assert before.keys() == after.keys()
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("4bit", 0.90), ("8bit", 0.99)])
+def test_gradients_point_where_full_precision_points(folders: tuple[Path, Path], kind: str, least: float) -> None:
+    full, quantized = gradients(load(folders, None)), gradients(load(folders, kind))
+    one = torch.cat([full[name].flatten() for name in full])
+    other = torch.cat([quantized[name].flatten() for name in full])
+    assert torch.cosine_similarity(one, other, dim=0).item() > least
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_heads_and_adapters_stay_float32(folders: tuple[Path, Path], kind: str) -> None:
+    roles = load(folders, kind, "bfloat16")
+    trained = [p for role in ("policy", "value") for _, p in roles.trained_parameters(role)]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert roles.reward.head.weight.dtype == torch.float32
+    assert roles.policy.backbone.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    small = torch.int8 if kind == "8bit" else torch.uint8
+    assert any(p.dtype == small for p in roles.policy.backbone.model.parameters())
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    config = LlamaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=97)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ConfigError, match=r"whole blocks of 64 .* 48 inputs"):
+        load((tmp_path / "odd", folders[1]), "4bit")
