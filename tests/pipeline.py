@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quartet.config import Config, parse_config
+from quartet.models.backbone import Backbone
 from quartet.models.roles import Roles
 from quartet.records import Advantaged, Prompts, Rollout, Scored, Sequences, UpdateStats
 from quartet.run.setup import load_everything, read_inputs
@@ -86,6 +87,12 @@ class Pipeline:
             for role in ("policy", "value")
             for name, parameter in self.roles.trained_parameters(role)  # type: ignore[arg-type]
         }
+
+
+def hidden_of(backbone: Backbone, ids: Tensor, adapter: str | None) -> Tensor:
+    """Last hidden states of rows of tokens `[n, L]` without padding."""
+    lengths = torch.full((len(ids),), ids.shape[1])
+    return backbone.hidden(Sequences(ids, lengths, torch.zeros_like(lengths)), adapter)
 
 
 def sequences(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Sequences, Tensor]:

@@ -6,7 +6,8 @@ True means. Positions outside a mask hold zeros (log-probabilities, values, adva
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Scored:
     """bool `[B, T]`: the response mask, and with `score_placement: after_stop` one step more where there is room."""
     scores: Tensor
     """float32 `[B]`: weighted sum of reward model and reward sources, penalties not yet in."""
+    trunks: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """B tensors `[sequence tokens, H]` after the frozen layers of each trained backbone, kept for the update's epochs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Sequences:
     """int64 `[n]`, at least 1."""
     response_lengths: Tensor
     """int64 `[n]`."""
+    trunks: Mapping[str, Tensor] = field(default_factory=dict)
+    """States `[n, L, H]` after the frozen layers, by backbone, where they are known already."""
 
     def positions_before(self, mask: Tensor) -> Tensor:
         """Flat positions in `[n * L]` of the tokens before the response positions that `mask` `[n, T]` selects."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+
 from checkpoints import plain_model, write_adapter
 from conftest import TinyRun
-from peft.tuners.lora import LoraLayer
-from pipeline import Pipeline, sequences
-
+from pipeline import Pipeline, hidden_of, sequences
 from quartet.errors import QuartetError
 
 IDS = torch.tensor([[5, 9, 30, 40, 41], [64, 65, 66, 67, 68]])
@@ -61,9 +61,9 @@ def test_each_adapter_has_its_own_output(tiny_run: TinyRun, library: Any) -> Non
     with torch.no_grad():
         adapted = plain.get_base_model().model(input_ids=IDS, use_cache=False).last_hidden_state
         bare = base.model(input_ids=IDS, use_cache=False).last_hidden_state
-        assert torch.equal(backbone.hidden(IDS, "reward"), adapted)
-        assert torch.equal(backbone.hidden(IDS, None), bare)
-        assert torch.equal(backbone.hidden(IDS, "policy"), bare)
+        assert torch.equal(hidden_of(backbone, IDS, "reward"), adapted)
+        assert torch.equal(hidden_of(backbone, IDS, None), bare)
+        assert torch.equal(hidden_of(backbone, IDS, "policy"), bare)
         assert (adapted - bare).abs().max() > 0.1
 
 
@@ -100,8 +100,8 @@ def test_training_continues_from_the_checkpoints_adapter(
     plain: Any = plain_model(adapter)
     with torch.no_grad():
         expected = plain.get_base_model().model(input_ids=IDS, use_cache=False).last_hidden_state
-        assert torch.equal(roles.reference.backbone.hidden(IDS, roles.reference.adapter), expected)
-        started = roles.policy.backbone.hidden(IDS, roles.policy.adapter)
+        assert torch.equal(hidden_of(roles.reference.backbone, IDS, roles.reference.adapter), expected)
+        started = hidden_of(roles.policy.backbone, IDS, roles.policy.adapter)
         torch.testing.assert_close(started, expected, rtol=1e-5, atol=2e-5)
 
 
@@ -242,5 +242,3 @@ def test_rollout_under_gradient_checkpointing_uses_its_cache(tiny_run: TinyRun) 
     changes = {"models.lora": {"r": 5}, "models.gradient_checkpointing": True}
     _, stats = Pipeline(tiny_run("llama", **changes, **{"ppo.epochs": 1, "ppo.minibatches": 1})).iterate()
     assert stats.metrics["ratio/max_log"] < 1e-5
-
-

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, edit_json, plain_model, write_model
-from conftest import TinyRun
-from pipeline import Pipeline, sequences
 from safetensors.torch import load_file, save_file
 
+from checkpoints import FAMILIES, edit_json, plain_model, write_model
+from conftest import TinyRun
+from pipeline import Pipeline, hidden_of, sequences
 from quartet.errors import CheckpointError
 
 PROMPTS = [[5, 9, 30], [7], [64, 65]]
@@ -85,7 +85,7 @@ def test_logits_are_the_models_own(family: str, tiny_run: TinyRun, library: Any)
     ids = torch.tensor([[5, 9, 30, 40, 41, 42]])
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0]
-        assert torch.equal(view.head(view.backbone.hidden(ids, view.adapter)[0]), expected)
+        assert torch.equal(view.head(hidden_of(view.backbone, ids, view.adapter)[0]), expected)
     if family == "gemma2":
         assert expected.abs().max() < 5.0 < (expected / 5.0).atanh().abs().max() * 5.0
 
@@ -143,7 +143,9 @@ def test_language_model_as_reward_is_refused(family: str, tiny_run: TinyRun, lib
 
 
 def test_bare_transformer_as_reward_is_refused_in_few_words(tiny_run: TinyRun, damaged: Path) -> None:
-    rewrite(damaged, lambda weights: [weights.update({k.removeprefix("model."): weights.pop(k)}) for k in list(weights)])
+    rewrite(
+        damaged, lambda weights: [weights.update({k.removeprefix("model."): weights.pop(k)}) for k in list(weights)]
+    )
     rewrite(damaged, lambda weights: weights.pop("score.weight"))
     message = refusal(tiny_run, damaged)
     assert "score.weight is missing" in message

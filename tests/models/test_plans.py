@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoints import FAMILIES, plain_model
 from conftest import TinyRun
-from pipeline import Pipeline, sequences
+from pipeline import Pipeline, hidden_of, sequences
 from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.run.setup import read_inputs
@@ -147,7 +147,7 @@ def test_hidden_states_are_bit_identical_to_the_plain_model(
         trunk = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         with torch.no_grad():
             expected = trunk.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            assert torch.equal(view.backbone.hidden(batch.input_ids, view.adapter), expected)
+            assert torch.equal(hidden_of(view.backbone, batch.input_ids, view.adapter), expected)
 
 
 @pytest.mark.parametrize("plan", ["separate-full", "separate-lora", "paired", "single"])

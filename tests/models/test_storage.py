@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import HIDDEN, LAYERS, MLP, VOCABULARY
 from conftest import TinyRun
 from pipeline import Pipeline
-
 from quartet.models.loading import count_bytes
 
 RANK = 5
@@ -18,7 +18,15 @@ LORA = {"models.lora": {"r": RANK}}
 ROLES = ("policy", "reference", "value", "reward")
 PAIRS = {frozenset(pair) for pair in combinations(ROLES, 2)}
 KEYS = HIDDEN // 2  # two of four heads
-LINEAR = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN), (HIDDEN, MLP), (HIDDEN, MLP), (MLP, HIDDEN)]
+LINEAR = [
+    (HIDDEN, HIDDEN),
+    (HIDDEN, KEYS),
+    (HIDDEN, KEYS),
+    (HIDDEN, HIDDEN),
+    (HIDDEN, MLP),
+    (HIDDEN, MLP),
+    (MLP, HIDDEN),
+]
 TRUNK = VOCABULARY * HIDDEN + LAYERS * (sum(a * b for a, b in LINEAR) + 2 * HIDDEN) + HIDDEN
 LM_HEAD = VOCABULARY * HIDDEN
 ADAPTER = LAYERS * sum(RANK * (a + b) for a, b in LINEAR)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import EOS, FAMILIES, edit_json
 from conftest import TinyRun
-from pipeline import Pipeline, sequences
+from pipeline import Pipeline, hidden_of, sequences
 
 PROMPTS = [[5, 9, 30, 31, 32], [7], [64, 65]]
 RESPONSES = [[40, 41, 42, 43], [50, 51], [60, 61, 257]]
@@ -61,7 +62,7 @@ def test_temperature_divides_the_logits(tiny_run: TinyRun) -> None:
     batch, mask = sequences(PROMPTS[:1], RESPONSES[:1])
     view = pipeline.roles.policy
     with torch.no_grad():
-        logits = view.head(view.backbone.hidden(batch.input_ids, None)[0]).double()
+        logits = view.head(hidden_of(view.backbone, batch.input_ids, None)[0]).double()
         for temperature in (0.7, 1.0, 2.0):
             expected = torch.log_softmax(logits[4:8] / temperature, -1)[range(4), RESPONSES[0]]
             seen = view(batch, mask, temperature=temperature)[0][0]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import EOS, FAMILIES, PAD, STOP, plain_model
 from conftest import TinyRun
 from pipeline import Pipeline
-
 from quartet.config import PPOConfig
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
@@ -152,16 +152,14 @@ def test_the_penalty_is_for_the_missing_stop_token(stop: str | int, name: int, t
     with torch.no_grad():
         weight = pipeline.roles.policy.backbone.model.get_output_embeddings().weight
         weight[:250] *= 0.2
-        weight[PAD] = weight[3]
-        weight[[EOS, STOP]] = weight[4]
-    prompts = prompts_of((5,) * 200)
+        weight[EOS], weight[STOP] = weight[4].clone(), weight[5].clone()
+    prompts = prompts_of((5,) * 100)
     for tokens in prompts.tokens:
-        tokens[2] = EOS
-        tokens[3] = STOP
+        tokens[2:4] = torch.tensor([EOS, STOP])
     rollout = pipeline.loaded.rollout.generate(prompts)
     ended = ((rollout.tokens == name) & rollout.response_mask).any(-1)
     other = ((rollout.tokens == EOS + STOP - name) & rollout.response_mask).any(-1)
-    assert {*zip(ended.tolist(), other.tolist(), strict=True)} == {(a, b) for a in (True, False) for b in (True, False)}
+    assert {*zip(ended.tolist(), other.tolist(), strict=True)} >= {(True, False), (False, True), (False, False)}
     expected = torch.where(ended, 0.0, 2.5)
     torch.testing.assert_close(penalised(rollout, pipeline), expected, rtol=0, atol=1e-5)
 

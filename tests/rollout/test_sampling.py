@@ -99,3 +99,12 @@ def test_neighbouring_seeds_and_episodes_are_unrelated() -> None:
     assert abs(torch.corrcoef(first)[0, 1]) < 0.15
     assert abs(torch.corrcoef(torch.stack([first[0, 1:], first[0, :-1]]))[0, 1]) < 0.15
     assert abs(first.mean() - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_nan_gives_a_token_of_the_vocabulary(top_p: float) -> None:
+    """And NaN as its log-probability, which scoring refuses; an index past the end would be an error of the device."""
+    logits = torch.stack([LOGITS, torch.full((6,), math.nan)])
+    tokens, logprobs = sample(logits, torch.tensor([0.9, 0.9], dtype=torch.float64), temperature=1.0, top_p=top_p)
+    assert 0 <= int(tokens[1]) < 6
+    assert logprobs.isfinite().tolist() == [True, False]

@@ -46,8 +46,14 @@ class ModelsConfig(Section):
     """Sharing plan. auto: `separate` without lora; with lora `single` where the checkpoints allow it, else `paired`."""
     lora: LoraConfig | None = None
     """LoRA adapters for policy and value; null is full fine-tuning."""
+    value_model: Literal["own", "trunk"] = "own"
+    """own: the value model has the reward model's weights to start from. trunk: it is a head on the policy's own states,
+    which is cheaper and weaker; needs value_head_init=zero."""
     value_head_init: Literal["reward", "zero"] = "reward"
     """Where the value head starts: the reward model's score head, or zeros."""
+    freeze_layers: NonNegativeInt = 0
+    """Full fine-tuning: freeze embeddings and this many layers at the bottom; policy and reference then share them and
+    their computation, value and reward model likewise."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Hold frozen backbones in 4 bit (nf4) or 8 bit (int8) through bitsandbytes; heads, norms, embeddings and adapters
     stay in full precision, trained weights are never quantized."""
@@ -67,6 +73,16 @@ class ModelsConfig(Section):
             raise ValueError(
                 f"models.sharing={self.sharing} shares frozen weights between roles and needs models.lora; "
                 "set models.lora={} for LoRA's defaults, or models.sharing=separate for full fine-tuning"
+            )
+        if self.freeze_layers and self.lora is not None:
+            raise ValueError(
+                f"models.freeze_layers={self.freeze_layers} is for full fine-tuning, and models.lora is set; LoRA freezes "
+                "every layer already, so leave one of the two out"
+            )
+        if self.value_model == "trunk" and self.value_head_init != "zero":
+            raise ValueError(
+                "models.value_model=trunk puts the value head on the policy's states, which the reward model's score head "
+                "was not made for; set models.value_head_init=zero"
             )
         return self
 

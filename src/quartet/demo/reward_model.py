@@ -31,13 +31,13 @@ EVALUATION_ROWS = 32
 class RewardRecipe:
     """How the reward model is trained."""
 
-    steps: int = 60
+    steps: int = 32
     """Optimizer steps; every one takes fresh sentences."""
     batch_rows: int = 32
     """Sentences in a step; all their pairs count."""
     max_tokens: int = 32
     """Longer sentences are not trained on: a step costs what its tokens cost, and the demo's sequences are short."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """At the start; it falls linearly to zero."""
     max_grad_norm: float = 1.0
     """Gradients are scaled to at most this norm."""

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quartet.models.adapters import AdapterSwitch
+from quartet.models.branch import Branch
 from quartet.models.plan import BackboneSpec
 from quartet.models.precision import autocast
+from quartet.records import Sequences
 
 
 class Backbone(nn.Module):
     """Weights and adapters of one plan entry; roles look at it through views."""
 
-    def __init__(self, spec: BackboneSpec, model: PreTrainedModel, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: BackboneSpec, model: PreTrainedModel, *, dtype: torch.dtype, frozen_layers: int = 0
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.model = model
@@ -26,6 +30,8 @@ class Backbone(nn.Module):
         """Computation dtype; the weights of a trained backbone stay in float32."""
         self.adapters = AdapterSwitch(model)
         self._recomputes = False
+        layers = spec.frozen_layers or frozen_layers
+        self.branch = Branch(self.transformer, layers) if layers else None
 
     @property
     def transformer(self) -> nn.Module:
@@ -49,16 +55,34 @@ class Backbone(nn.Module):
         with self.adapters.on(adapter), self.autocast():
             yield
 
-    def hidden(self, input_ids: Tensor, adapter: str | None) -> Tensor:
-        """Last hidden states `[n, L, H]` of right-padded sequences `[n, L]`.
+    @property
+    def trunk(self) -> str | None:
+        """Name under which sequences carry this backbone's trunk states; None where no trunk is frozen."""
+        return self.spec.top_of or (self.spec.name if self.spec.frozen_layers else None)
+
+    def hidden(self, sequences: Sequences, adapter: str | None) -> Tensor:
+        """Last hidden states `[n, L, H]` of right-padded sequences `[n, L]`; only the top runs where they bring along
+        the trunk's states.
 
         Right padding needs no mask under causal attention: a real token never looks at what follows it. Without a mask
         the attention takes its fast causal path.
         """
+        states = None if self.trunk is None else sequences.trunks.get(self.trunk)
         with self.role(adapter), self._recomputing():
-            output: Any = self.transformer(input_ids=input_ids, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
+            arguments = {"input_ids": sequences.input_ids, "use_cache": False}
+            if states is None or self.branch is None:
+                output: Any = self.transformer(**arguments)
+            else:
+                output = self.branch.top(states, **arguments)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def trunk_states(self, input_ids: Tensor) -> Tensor:
+        """States `[n, L, H]` after the frozen layers, in the computation dtype."""
+        assert self.branch is not None
+        with self.role(None):
+            return self.branch.bottom(input_ids=input_ids, use_cache=False).to(self.dtype)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass, each under the adapter that its forward ran with."""

@@ -18,8 +18,9 @@ from quartet.errors import CheckpointError
 from quartet.models import adapters
 from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
+from quartet.models.branch import copy_top, freeze_trunk
 from quartet.models.checkpoint_info import CheckpointInfo, same_base
-from quartet.models.heads import LogitHead, ScalarHead, read_score_head
+from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
 from quartet.models.precision import resolve_device, resolve_dtype
 from quartet.models.quantize import quantization_config, seal
@@ -40,6 +41,8 @@ def plan_for(models: ModelsConfig, sft: CheckpointInfo, reward: CheckpointInfo) 
         sft=Source(sft.base, sft.adapter),
         reward=Source(reward.base, reward.adapter),
         bases_equal=wanted and same_base(sft, reward),
+        freeze_layers=models.freeze_layers,
+        value_on_policy=models.value_model == "trunk",
     )
 
 
@@ -59,17 +62,28 @@ def load_roles(
     dtype = resolve_dtype(models.dtype, device)
     score = read_score_head(reward).to(device)
     score.requires_grad_(False)
-    start = score.weight if models.value_head_init == "reward" else torch.zeros_like(score.weight)
-    value = ScalarHead(start, score.name)
+    value = _value_head(models, score, sft)
     by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
     backbones: dict[str, Backbone] = {}
     for spec in plan.backbones:
         info = sft if spec.task == "language_model" else reward
+        if spec.top_of is not None:
+            backbones[spec.name] = _upper(spec, backbones[spec.top_of])
+            continue
         quantization = None if spec.trainable else models.quantization
         model = _load_weights(spec, info, torch.float32 if spec.trainable else dtype, device, quantization)
         _attach(spec, model, models, by_source, seed)
         backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
     return _views(plan, backbones, score, value)
+
+
+def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) -> ScalarHead:
+    if models.value_model == "trunk":
+        names, _ = head_names(sft.config, sft.trust_remote_code)
+        width = sft.config.get_text_config().hidden_size
+        return ScalarHead(torch.zeros(1, width, device=score.weight.device), names[0])
+    start = score.weight if models.value_head_init == "reward" else torch.zeros_like(score.weight)
+    return ScalarHead(start, score.name)
 
 
 def _views(plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead, value: ScalarHead) -> Roles:
@@ -178,6 +192,8 @@ def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, chec
     model.eval()
     use_short_attention(model)
     model.requires_grad_(spec.trainable)
+    if spec.frozen_layers:
+        freeze_trunk(model, spec.frozen_layers, dtype)
     for adapter in spec.adapters:
         for _, parameter in adapters.adapter_parameters(model, adapter.name):
             parameter.requires_grad_(adapter.trainable)
@@ -185,6 +201,13 @@ def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, chec
     if checkpointing and (spec.trainable or any(adapter.trainable for adapter in spec.adapters)):
         backbone.enable_checkpointing()
     return backbone
+
+
+def _upper(spec: BackboneSpec, below: Backbone) -> Backbone:
+    """The frozen twin of a backbone that trains its top: copied before the first step, sharing all that is frozen."""
+    twin = copy_top(below.model)
+    assert below.branch is not None
+    return Backbone(spec, twin, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

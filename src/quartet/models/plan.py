@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from quartet.errors import ConfigError
@@ -37,6 +37,10 @@ class BackboneSpec:
     adapters: tuple[AdapterSpec, ...] = ()
     merged_adapter: str | None = None
     """Adapter checkpoint that is added into the weights at loading (full fine-tuning from an adapter)."""
+    frozen_layers: int = 0
+    """Layers at the bottom that are frozen and shared with the backbone whose `top_of` names this one."""
+    top_of: str | None = None
+    """Backbone whose frozen bottom this one shares; only the layers above are its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +80,25 @@ class Source:
     adapter: str | None
 
 
-def make_plan(sharing: str, *, lora: bool, sft: Source, reward: Source, bases_equal: bool) -> SharingPlan:
+def make_plan(
+    sharing: str,
+    *,
+    lora: bool,
+    sft: Source,
+    reward: Source,
+    bases_equal: bool,
+    freeze_layers: int = 0,
+    value_on_policy: bool = False,
+) -> SharingPlan:
     """Choose and lay out the sharing plan.
 
     Args:
         sharing: auto, separate, paired or single.
         lora: whether policy and value are trained as LoRA adapters.
         bases_equal: whether both checkpoints rest on the same full weights.
+        freeze_layers: layers at the bottom that policy and reference share frozen, value and reward model likewise
+            (full fine-tuning only).
+        value_on_policy: the value is a head on the policy's own states, without a backbone or adapter for itself.
 
     Raises:
         ConfigError: `single` asked for where the reward checkpoint is no adapter over the SFT checkpoint's base.
@@ -97,8 +113,10 @@ def make_plan(sharing: str, *, lora: bool, sft: Source, reward: Source, bases_eq
                 f"models.sharing=single needs a reward checkpoint that is a LoRA adapter over the SFT checkpoint's base, "
                 f"and {reward.adapter or reward.base!r} {why}; use models.sharing=paired"
             )
-        return _single(sft, reward)
-    return _paired(sft, reward) if sharing == "paired" else _separate(sft, reward, lora)
+        plan = _single(sft, reward)
+        return _with_value_on_policy(plan) if value_on_policy else plan
+    plan = _paired(sft, reward) if sharing == "paired" else _separate(sft, reward, lora, freeze_layers)
+    return _with_value_on_policy(plan) if value_on_policy else plan
 
 
 def _single(sft: Source, reward: Source) -> SharingPlan:
@@ -138,13 +156,30 @@ def _paired(sft: Source, reward: Source) -> SharingPlan:
     )
 
 
-def _separate(sft: Source, reward: Source, lora: bool) -> SharingPlan:
+def _with_value_on_policy(plan: SharingPlan) -> SharingPlan:
+    """The same plan without the value's backbone or adapter."""
+    policy, old = plan.view("policy"), plan.view("value")
+    value = ViewSpec("value", policy.backbone, policy.adapter, "value", True)
+    backbones = []
+    for spec in plan.backbones:
+        if spec.name == "value":
+            continue
+        kept = tuple(adapter for adapter in spec.adapters if adapter.name != "value" or old.adapter != "value")
+        top_of = None if spec.top_of == "value" else spec.top_of
+        backbones.append(replace(spec, adapters=kept, top_of=top_of))
+    views = tuple(value if view.role == "value" else view for view in plan.views)
+    return SharingPlan(plan.name, tuple(backbones), views)
+
+
+def _separate(sft: Source, reward: Source, lora: bool, freeze_layers: int) -> SharingPlan:
     def trained(role: Role, source: Source, task: Task) -> BackboneSpec:
         if lora:
             return BackboneSpec(role, source.base, task, False, (AdapterSpec(role, True, source.adapter),))
-        return BackboneSpec(role, source.base, task, True, (), source.adapter)
+        return BackboneSpec(role, source.base, task, True, (), source.adapter, freeze_layers)
 
-    def frozen(role: Role, source: Source, task: Task) -> BackboneSpec:
+    def frozen(role: Role, source: Source, task: Task, twin: Role) -> BackboneSpec:
+        if freeze_layers:
+            return BackboneSpec(role, source.base, task, False, (), source.adapter, top_of=twin)
         on = (AdapterSpec(role, False, source.adapter),) if source.adapter else ()
         return BackboneSpec(role, source.base, task, False, on)
 
@@ -152,14 +187,14 @@ def _separate(sft: Source, reward: Source, lora: bool) -> SharingPlan:
         "separate",
         (
             trained("policy", sft, "language_model"),
-            frozen("reference", sft, "language_model"),
+            frozen("reference", sft, "language_model", "policy"),
             trained("value", reward, "classifier"),
-            frozen("reward", reward, "classifier"),
+            frozen("reward", reward, "classifier", "value"),
         ),
         (
             ViewSpec("policy", "policy", "policy" if lora else None, "lm", True),
             ViewSpec("reference", "reference", "reference" if sft.adapter else None, "lm", False),
             ViewSpec("value", "value", "value" if lora else None, "value", True),
-            ViewSpec("reward", "reward", "reward" if reward.adapter else None, "score", False),
+            ViewSpec("reward", "reward", "reward" if reward.adapter and not freeze_layers else None, "score", False),
         ),
     )

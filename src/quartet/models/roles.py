@@ -55,7 +55,22 @@ class LanguageView(nn.Module):
         Returns:
             float32 `[n, T]` log-probabilities in nats and entropy (or None), zero outside the mask.
         """
-        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
+        hidden = self.backbone.hidden(sequences, self.adapter)
+        return self.from_hidden(
+            hidden, sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
+        )
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        sequences: Sequences,
+        mask: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same from last hidden states `[n, L, H]`."""
         selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
         with self.backbone.role(self.adapter):
             logprobs, entropy = chunked_logprobs(
@@ -87,14 +102,16 @@ class ScalarView(nn.Module):
             sequences: n right-padded sequences.
             mask: bool `[n, T]`; True at `t = response length` asks for the number at the last token.
         """
-        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
-        selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
-        numbers: Tensor = self.head(selected)
+        return self.from_hidden(self.backbone.hidden(sequences, self.adapter), sequences, mask)
+
+    def from_hidden(self, hidden: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
+        """The same from last hidden states `[n, L, H]`."""
+        numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.positions_before(mask)])
         return _scattered(numbers, mask)
 
     def scores(self, sequences: Sequences) -> Tensor:
         """The number at the last token of each sequence: `[n]`."""
-        hidden = self.backbone.hidden(sequences.input_ids, self.adapter)
+        hidden = self.backbone.hidden(sequences, self.adapter)
         numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.last_positions()])
         return numbers
 
@@ -118,10 +135,14 @@ class TrainedPair(nn.Module):
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probabilities `[n, T]`, entropy `[n, T]` or None, and values `[n, T]` of the same sequences."""
-        logprobs, entropy = self.policy(
-            sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
+        policy, value = self.policy, self.value
+        hidden = policy.backbone.hidden(sequences, policy.adapter)
+        logprobs, entropy = policy.from_hidden(
+            hidden, sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
-        return logprobs, entropy, self.value(sequences, value_mask)
+        if (value.backbone, value.adapter) != (policy.backbone, policy.adapter):
+            hidden = value.backbone.hidden(sequences, value.adapter)
+        return logprobs, entropy, value.from_hidden(hidden, sequences, value_mask)
 
 
 @dataclass(frozen=True)
@@ -138,13 +159,21 @@ class Roles:
 
     def trained_parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         """Named parameters that training moves for `policy` or `value`, in a fixed order."""
-        view = self.plan.view(role)
+        view, policy = self.plan.view(role), self.plan.view("policy")
         backbone = self.backbones[view.backbone]
         mark = f".{view.adapter}." if view.adapter else ""
         found = [(n, p) for n, p in backbone.model.named_parameters() if p.requires_grad and mark in n]
         if role == "value":
+            if (view.backbone, view.adapter) == (policy.backbone, policy.adapter):
+                found = []  # a head on the policy's states: all else is the policy's
             found.append((self.value.head.name, self.value.head.weight))
         return found
+
+
+    def trunk_states(self, sequences: Sequences) -> dict[str, Tensor]:
+        """States after the frozen layers of every backbone that has a trunk, by its name."""
+        owners = [backbone for backbone in self.backbones.values() if backbone.spec.frozen_layers]
+        return {backbone.spec.name: backbone.trunk_states(sequences.input_ids) for backbone in owners}
 
 
 def _scattered(flat: Tensor, mask: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class _Workspace:
         self._probabilities: Tensor | None = None
 
     def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the shape of `logits`, float32 at least, holding anything; no call may bring more rows than the first."""
+        """Two tensors of the shape of `logits`, float32 at least, holding anything; the first call has the most rows."""
         if self._shifted is None or self._probabilities is None:
             self._shifted = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
             self._probabilities = torch.empty_like(self._shifted)

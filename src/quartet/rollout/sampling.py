@@ -51,7 +51,8 @@ def _inverse(cumulative: Tensor, uniform: Tensor) -> Tensor:
     target = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
     # A product rounded up to the total itself would point past the last token that has a probability.
     target = torch.minimum(target, torch.nextafter(cumulative[:, -1:], torch.zeros_like(target)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # NaN compares as larger than all: without the clamp it would point past the vocabulary.
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)
 
 
 def _inverse_top_p(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from quartet.models.adapters import save_adapter
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -18,7 +22,8 @@ def export(roles: Roles, folder: Path, *, sft: CheckpointInfo, reward: Checkpoin
     With LoRA both are PEFT adapter folders over the checkpoint's base (the value head among the adapter's weights);
     otherwise whole models of `AutoModelForCausalLM` and `AutoModelForSequenceClassification`.
     """
-    for role, info in (("policy", sft), ("value", reward)):
+    critic = sft if roles.value.backbone is roles.policy.backbone and roles.plan.name != "single" else reward
+    for role, info in (("policy", sft), ("value", critic)):
         final, temporary = folder / role, folder / f".writing-{role}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -38,21 +43,31 @@ def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path) -> None:
         save_adapter(backbone.model, view.adapter, folder, base=base, task=task, extra=head)
         return
     model = backbone.model
+    state = model.state_dict()
+    if role == "value":
+        model = _classifier(info)  # no weights of its own: it names the class and its tensors
+        prefix = model.base_model_prefix + "."
+        state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)} | head
     before = model.config
-    model.config = _saved_config(role, info, model)
+    model.config = _saved_config(role, info, model, backbone.model.dtype)
     try:
-        model.save_pretrained(folder, state_dict={k: v.contiguous() for k, v in model.state_dict().items()} | head)
+        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
     finally:
         model.config = before
 
 
-def _saved_config(role: Role, info: CheckpointInfo, model: Any) -> Any:
-    """The checkpoint's own configuration (ours has dropout and cache switched off), of the right class and dtype."""
-    import copy
+def _classifier(info: CheckpointInfo) -> Any:
+    config = copy.deepcopy(info.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=info.trust_remote_code)
 
+
+def _saved_config(role: Role, info: CheckpointInfo, model: Any, dtype: torch.dtype) -> Any:
+    """The checkpoint's own configuration (ours has dropout and cache switched off), of the right class and dtype."""
     config = copy.deepcopy(info.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype
     if role == "value":
         config.num_labels = 1
         if config.pad_token_id is None:

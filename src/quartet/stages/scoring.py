@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from quartet.models.roles import Roles
 from quartet.ops.rewards import value_mask
 from quartet.records import Rollout, Scored
 from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.trunks import TrunkStates
 
 Scorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Prompts and responses as text to one number an episode."""
@@ -38,32 +40,35 @@ def score_rollout(
         decode: response tokens to text, for `extra`.
 
     Raises:
-        TrainingError: a score that is not finite; names the episode.
+        TrainingError: a log-probability or score that is not finite; names the episode.
         RewardError: from `extra`.
     """
     mask = rollout.response_mask
+    _refuse_not_finite(rollout.logprobs.sum(-1), rollout, "policy", "models.sft")
     values_at = value_mask(mask, placement)
     table = SequenceTable.of(rollout)
     ref_logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     scores = torch.zeros(len(mask), device=mask.device)
-    for chosen, sequences in microbatches(table, table.lengths(), list(range(len(mask))), rows):
+    lengths, trunks = table.lengths(), TrunkStates(len(mask))
+    for chosen, plain in microbatches(table, lengths, list(range(len(mask))), rows):
+        sequences = replace(plain, trunks=roles.trunk_states(plain))
+        trunks.keep(chosen, lengths, sequences.trunks)
         ref_logprobs[chosen] = roles.reference(sequences, mask[chosen], temperature=temperature)[0]
         values[chosen] = roles.value(sequences, values_at[chosen])
         scores[chosen] = roles.reward.scores(sequences)
-    _refuse_not_finite(scores, rollout)
+    _refuse_not_finite(scores, rollout, "reward model", "models.reward")
     if extra is not None and decode is not None:
         lengths = table.response_lengths.tolist()
         responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
         scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
-    return Scored(rollout, ref_logprobs, values, values_at, scores)
+    return Scored(rollout, ref_logprobs, values, values_at, scores, trunks.rows())
 
 
-def _refuse_not_finite(scores: Tensor, rollout: Rollout) -> None:
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+def _refuse_not_finite(numbers: Tensor, rollout: Rollout, giver: str, key: str) -> None:
+    bad = (~numbers.isfinite()).nonzero().flatten().tolist()
     if bad:
         row = bad[0]
         raise TrainingError(
-            f"the reward model gave {scores[row].item()} to episode {rollout.prompts.episodes[row]} "
-            f"(prompt {rollout.prompts.texts[row][:80]!r}); look at models.reward, or compute in float32 "
-            "(models.dtype=float32)"
+            f"the {giver} gave {numbers[row].item()} to episode {rollout.prompts.episodes[row]} "
+            f"(prompt {rollout.prompts.texts[row][:80]!r}); look at {key}, or compute in float32 (models.dtype=float32)"
         )

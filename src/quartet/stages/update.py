@@ -14,6 +14,7 @@ from quartet.models.roles import TrainedPair
 from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
 from quartet.records import Advantaged, Sequences, UpdateStats
 from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.trunks import with_trunks
 
 
 @dataclass
@@ -91,7 +92,8 @@ class Updater:
         policy_tokens, value_tokens = self._engine.sum(counts)
         losses: list[tuple[Tensor, Tensor]] = []
         self._optimizer.zero_grad(set_to_none=True)
-        for part, sequences in microbatches(table, lengths, rows, ppo.microbatch_rows):
+        for part, plain in microbatches(table, lengths, rows, ppo.microbatch_rows):
+            sequences = with_trunks(plain, scored.trunks, part)
             policy, value, bonus = self._losses(batch, part, sequences, sums)
             row_loss = policy.sum(-1) / policy_tokens + ppo.value_coef * value.sum(-1) / value_tokens
             if ppo.entropy_coef and bonus is not None:

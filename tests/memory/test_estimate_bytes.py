@@ -1,0 +1,107 @@
+"""Bytes of parameters, gradients and optimizer state, against models that were really loaded and trained for a step."""
+
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_model
+from pipeline import Pipeline
+
+from quartet.memory.choices import choices_of, workload_of
+from quartet.memory.estimate import Estimate, Estimator
+
+CASES = [
+    ("llama", "sft", "reward", {}),
+    ("gpt2", "sft", "reward", {}),
+    ("gemma2", "sft", "reward", {}),
+    ("llama", "sft", "reward", {"models.lora": {"r": 4}, "models.sharing": "separate"}),
+    ("llama", "sft", "reward", {"models.lora": {"r": 4}, "models.sharing": "paired"}),
+    ("gpt2", "sft", "reward", {"models.lora": {"r": 2}, "models.sharing": "paired"}),
+    ("llama", "sft", "reward-lora", {"models.lora": {"r": 4}, "models.sharing": "single"}),
+    ("gemma2", "sft-lora", "reward-lora", {"models.lora": {"r": 4}, "models.sharing": "single"}),
+    ("llama", "sft-lora", "reward-on-reward", {"models.lora": {"r": 5}, "models.sharing": "paired"}),
+    ("llama", "sft", "reward", {"models.lora": {"r": 4, "target_modules": ["q_proj"]}, "models.dtype": "bfloat16"}),
+    ("llama", "sft-lora", "reward", {"models.dtype": "bfloat16"}),
+]
+
+
+def estimate_for(pipeline: Pipeline) -> Estimate:
+    """The planner's view of a pipeline's configuration."""
+    device = torch.device("cpu")
+    estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
+    return estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device))
+
+
+def distinct_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("family", "sft", "reward", "changes"), CASES)
+def test_bytes_equal_those_of_loaded_models(
+    tiny_run: Any, family: str, sft: str, reward: str, changes: dict[str, Any]
+) -> None:
+    pipeline = Pipeline(tiny_run(family, sft, reward, **changes))
+    estimate = estimate_for(pipeline)
+    pipeline.iterate()
+    roles = pipeline.roles
+    for backbone in estimate.backbones:
+        model = roles.backbones[backbone.name].model
+        held = distinct_bytes([*model.parameters(), *model.buffers()])
+        assert backbone.weights + backbone.adapters == held, backbone.name
+    for role in ("policy", "value"):
+        predicted = next(r for r in estimate.roles if r.role == role)
+        trained = [p for _, p in roles.trained_parameters(role)]  # type: ignore[arg-type]
+        state = [t for p in trained for t in pipeline.loaded.optimizer.state[p].values()]
+        assert predicted.trained_parameters == sum(p.numel() for p in trained)
+        assert predicted.gradients == sum(p.grad.nbytes for p in trained if p.grad is not None)
+        assert predicted.optimizer == sum(t.nbytes for t in state)
+    for role in ("reference", "reward"):
+        predicted = next(r for r in estimate.roles if r.role == role)
+        assert (predicted.gradients, predicted.optimizer) == (0, 0)
+    assert next(r for r in estimate.roles if r.role == "value").head == roles.value.head.weight.nbytes
+
+
+def test_tied_embeddings_are_counted_once_and_an_untied_head_is_named(tiny_run: Any) -> None:
+    tied = estimate_for(Pipeline(tiny_run("gemma2")))
+    untied = estimate_for(Pipeline(tiny_run("llama")))
+    # 260 tokens of 32 features in float32.
+    assert [next(r for r in e.roles if r.role == "policy").head for e in (tied, untied)] == [0, 260 * 32 * 4]
+
+
+def test_weights_that_need_no_copy_are_not_anonymous(tiny_run: Any) -> None:
+    changes = {"models.lora": {"r": 4}, "models.sharing": "paired"}
+    same = estimate_for(Pipeline(tiny_run("llama", **changes)))
+    other = estimate_for(Pipeline(tiny_run("llama", **changes, **{"models.dtype": "bfloat16"})))
+    for backbone in same.backbones:
+        assert backbone.mapped == backbone.parameters * 4
+    assert [backbone.mapped for backbone in other.backbones] == [0, 0]
+
+
+def test_layers_that_alternate_are_counted(tmp_path: Any, tiny_run: Any) -> None:
+    for name, task in (("sft", "lm"), ("reward", "classifier")):
+        write_model(tmp_path / name, "gemma2", task=task, num_hidden_layers=7)
+    values = tiny_run("gemma2", **{"models.lora": {"r": 4}, "models.sharing": "paired"})
+    values["models"] |= {"sft": str(tmp_path / "sft"), "reward": str(tmp_path / "reward")}
+    pipeline = Pipeline(values)
+    estimate = estimate_for(pipeline)
+    for backbone in estimate.backbones:
+        model = pipeline.roles.backbones[backbone.name].model
+        assert backbone.weights + backbone.adapters == distinct_bytes([*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize(("engine", "weights", "gradients", "optimizer"), [
+    ("ddp", 1, 1, 1),
+    ("zero2", 1, 4, 4),
+    ("zero3", 4, 4, 4),
+    ("fsdp2", 4, 4, 4),
+])
+def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimizer: int) -> None:
+    pipeline = Pipeline(tiny_run("llama"))
+    device = torch.device("cpu")
+    estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
+    one = estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device))
+    four = estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device, world_size=4, engine=engine))
+    assert [b.weights for b in four.backbones] == [b.weights / weights for b in one.backbones]
+    for mine, whole in zip(four.roles, one.roles, strict=True):
+        assert (mine.gradients, mine.optimizer) == (whole.gradients / gradients, whole.optimizer / optimizer)

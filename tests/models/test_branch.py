@@ -1,0 +1,126 @@
+"""models.freeze_layers: the trunk is shared and computed once, and the numbers are those of the whole computation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FAMILIES
+from pipeline import Pipeline
+
+from quartet.errors import ConfigError
+from quartet.models.loading import count_bytes
+
+
+def frozen(tiny_run: Any, family: str, **changes: Any) -> Pipeline:
+    return Pipeline(tiny_run(family, **{"models.lora": None, "models.freeze_layers": 1, **changes}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_trunk_states_change_no_number(tiny_run: Any, family: str) -> None:
+    cached, plain = frozen(tiny_run, family), frozen(tiny_run, family)
+    for _ in range(2):
+        rollout = cached.rollout()
+        assert set(cached.score(rollout).trunks) == {"policy", "value"}
+        cached.iterate()
+        # The same without the states: every pass runs the whole transformer.
+        whole = plain.advantages(plain.score(plain.rollout()))
+        plain.update(replace(whole, scored=replace(whole.scored, trunks={})))
+    ours, theirs = cached.trained(), plain.trained()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_top_equals_the_whole_transformer(tiny_run: Any, family: str) -> None:
+    pipeline = frozen(tiny_run, family)
+    backbone = pipeline.roles.policy.backbone
+    ids = torch.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        whole = backbone.transformer(input_ids=ids, use_cache=False).last_hidden_state
+        states = backbone.trunk_states(ids)
+        assert backbone.branch is not None
+        top = backbone.branch.top(states, input_ids=ids, use_cache=False).last_hidden_state
+        other = backbone.branch.top(torch.zeros_like(states), input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(top, whole, rtol=0, atol=0)
+    assert not torch.allclose(other, whole)
+
+
+def test_the_trunk_runs_once_for_both_roles_and_never_in_the_epochs(tiny_run: Any) -> None:
+    pipeline = frozen(tiny_run, "llama", **{"ppo.epochs": 3, "rollout.batch_rows": 4})
+    scored = pipeline.advantages(pipeline.score(pipeline.rollout()))
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    transformer = pipeline.roles.policy.backbone.transformer
+    handle = transformer.layers[0].register_forward_hook(count)
+    pipeline.update(scored)
+    assert calls == 0
+    pipeline.score(scored.scored.rollout)
+    handle.remove()
+    assert calls == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_storage_and_trained_weights(tiny_run: Any, family: str) -> None:
+    pipeline = frozen(tiny_run, family)
+    roles = pipeline.roles
+    policy, reference = roles.policy.backbone.model, roles.reference.backbone.model
+    mine = {name: tensor.untyped_storage().data_ptr() for name, tensor in policy.named_parameters()}
+    other = {name: tensor.untyped_storage().data_ptr() for name, tensor in reference.named_parameters()}
+    trained = {name for name, _ in roles.trained_parameters("policy")}
+    assert trained == {name for name in mine if mine[name] != other[name]}
+    bottom = {name for name in mine if ".0." in name or "embed" in name or "wte" in name or "wpe" in name}
+    # An untied LM head belongs to the top; a tied one is the embedding and stays frozen.
+    assert trained == set(mine) - bottom
+    top_bytes = sum(policy.get_parameter(name).nbytes for name in trained)
+    assert count_bytes([policy, reference]) == count_bytes([policy]) + top_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_reference_and_reward_stay_while_the_top_moves(tiny_run: Any, family: str) -> None:
+    pipeline = frozen(tiny_run, family, **{"ppo.learning_rate": 1e-2})
+    rollout = pipeline.rollout()
+    before, weights = pipeline.score(rollout), pipeline.trained()
+    pipeline.iterate()
+    after = pipeline.score(rollout)
+    assert torch.equal(before.ref_logprobs, after.ref_logprobs)
+    assert torch.equal(before.scores, after.scores)
+    assert all(not torch.equal(weights[name], tensor) for name, tensor in pipeline.trained().items())
+
+
+def test_nothing_left_to_train_is_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match=r"freeze_layers=2 leaves nothing to train.*use at most 1"):
+        frozen(tiny_run, "llama", **{"models.freeze_layers": 2})
+
+
+def test_freezing_layers_under_lora_is_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match="freeze_layers=1 is for full fine-tuning"):
+        Pipeline(tiny_run("llama", **{"models.freeze_layers": 1, "models.lora": {"r": 4}}))
+
+
+@pytest.mark.parametrize(("lora", "reward"), [(None, "reward"), ({"r": 4}, "reward"), ({"r": 4}, "reward-lora")])
+def test_a_value_head_on_the_policys_states(tiny_run: Any, lora: Any, reward: str) -> None:
+    changes = {"models.lora": lora, "models.value_model": "trunk", "models.value_head_init": "zero"}
+    pipeline = Pipeline(tiny_run("llama", reward=reward, **changes))
+    roles = pipeline.roles
+    assert roles.value.backbone is roles.policy.backbone
+    assert [name for name, _ in roles.trained_parameters("value")] == ["score.weight"]
+    scored = pipeline.score(pipeline.rollout())
+    assert not scored.values.any()
+    before = pipeline.trained()
+    pipeline.iterate()
+    pipeline.iterate()
+    moved = pipeline.trained()
+    assert all(not torch.equal(before[name], moved[name]) for name in before)
+
+
+def test_a_score_head_on_other_states_is_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match="set models.value_head_init=zero"):
+        Pipeline(tiny_run("llama", **{"models.value_model": "trunk"}))

@@ -1,0 +1,149 @@
+"""Scoring and advantages of real rollouts: what lands where, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import EOS, plain_model
+from conftest import TinyRun
+from pipeline import Pipeline, rollout_of
+from quartet.config import PPOConfig
+from quartet.errors import TrainingError
+from quartet.stages.advantages import compute_advantages
+from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.scoring import score_rollout
+
+PROMPTS = [[5, 9, 30], [7], [64, 65, 66, 67, 68], [1, 2]]
+RESPONSES = [[40, 41, EOS], [50, 51, 52, 53], [EOS], [60, 61, 62, 63]]
+
+
+def test_sequences_hold_prompt_and_response_without_a_gap() -> None:
+    table = SequenceTable.of(rollout_of(PROMPTS, RESPONSES))
+    whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    assert table.lengths() == [len(sequence) for sequence in whole]
+    for row, sequence in enumerate(whole):
+        assert table.input_ids[row, : len(sequence)].tolist() == sequence
+    seen = []
+    for rows, sequences in microbatches(table, table.lengths(), [3, 0, 2, 1], 2):
+        assert len(rows) == 2
+        assert sequences.input_ids.shape[1] == max(len(whole[row]) for row in rows)
+        for row, ids, prompt, response in zip(
+            rows.tolist(), sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, strict=True
+        ):
+            assert ids[: prompt + response].tolist() == whole[row]
+            assert prompt == len(PROMPTS[row])
+        seen += rows.tolist()
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_scores_are_those_of_the_reward_checkpoint(rows: int, tiny_run: TinyRun, library: Any) -> None:
+    pipeline = Pipeline(tiny_run(**{"rollout.batch_rows": rows}))
+    scored = pipeline.score(rollout_of(PROMPTS, RESPONSES))
+    model: Any = plain_model(library.path("llama", "reward"), task="classifier")
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([prompt + response])).logits[0, 0]
+        torch.testing.assert_close(scored.scores[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_values_follow_the_placement_of_the_score(tiny_run: TinyRun) -> None:
+    """`after_stop` needs the value one step after the last token, where there is room: there it is the reward's."""
+    pipeline = Pipeline(tiny_run())
+    rollout = rollout_of(PROMPTS, RESPONSES)
+    stop, after = (
+        score_rollout(rollout, pipeline.roles, temperature=1.0, placement=placement, rows=4)
+        for placement in ("stop", "after_stop")
+    )
+    assert torch.equal(stop.value_mask, rollout.response_mask)
+    assert after.value_mask.sum(-1).tolist() == [4, 4, 2, 4]
+    torch.testing.assert_close(after.values[rollout.response_mask], stop.values[rollout.response_mask])
+    last = torch.stack([after.values[0, 3], after.values[2, 1]])
+    torch.testing.assert_close(last, after.scores[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+def test_further_sources_are_added(tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run())
+    rollout, heard = rollout_of(PROMPTS, RESPONSES), []
+
+    def extra(prompts: Any, responses: Any) -> list[float]:
+        heard.append((list(prompts), list(responses)))
+        return [1.0, 2.0, 3.0, 4.0]
+
+    options: dict[str, Any] = {"temperature": 1.0, "placement": "stop", "rows": 4}
+    plain = score_rollout(rollout, pipeline.roles, **options)
+    decode = pipeline.loaded.decode
+    summed = score_rollout(rollout, pipeline.roles, **options, extra=extra, decode=decode)
+    torch.testing.assert_close(summed.scores - plain.scores, torch.tensor([1.0, 2.0, 3.0, 4.0]), rtol=0, atol=1e-5)
+    texts = [decode(torch.tensor([token for token in response if token != EOS])) for response in RESPONSES]
+    assert heard == [([f"prompt {row}" for row in range(4)], texts)]
+    assert texts[2] == ""
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_names_its_episode(bad: float, tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run())
+    rollout = rollout_of(PROMPTS, RESPONSES)
+    rollout = dataclasses.replace(rollout, prompts=dataclasses.replace(rollout.prompts, episodes=(40, 41, 42, 43)))
+    scores = type(pipeline.roles.reward).scores
+
+    def spoiled(self: Any, sequences: Any) -> torch.Tensor:
+        found = scores(self, sequences)
+        found[sequences.prompt_lengths == 5] = bad
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipeline.roles.reward), "scores", spoiled)
+        with pytest.raises(TrainingError, match=rf"gave {bad} to episode 42 \(prompt 'prompt 2'\)"):
+            pipeline.score(rollout)
+
+
+def test_weights_that_are_not_finite_end_in_one_sentence(tiny_run: TinyRun) -> None:
+    """Not in an index error of the sampler."""
+    pipeline = Pipeline(tiny_run())
+    with torch.no_grad():
+        pipeline.roles.policy.backbone.model.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(TrainingError, match="policy"):
+        pipeline.advantages(pipeline.score(pipeline.rollout()))
+
+
+def test_advantages_by_hand(tiny_run: TinyRun) -> None:
+    """Three tokens, the last of them the stop token: every number written out."""
+    pipeline = Pipeline(tiny_run())
+    rollout = rollout_of([[5, 6]], [[40, 41, EOS]], width=5)
+    rollout = dataclasses.replace(
+        rollout, logprobs=torch.tensor([[-1.0, -2.0, -3.0, 0.0, 0.0]]), stopped=torch.tensor([True])
+    )
+    scored = dataclasses.replace(
+        pipeline.score(rollout),
+        ref_logprobs=torch.tensor([[-1.5, -1.0, -3.0, 0.0, 0.0]]),
+        values=torch.tensor([[0.1, 0.2, 0.3, 0.0, 0.0]]),
+        scores=torch.tensor([2.0]),
+    )
+    ppo = PPOConfig(gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=9.0)
+    found = compute_advantages(scored, ppo, kl_coef=0.2)
+    torch.testing.assert_close(found.rewards, torch.tensor([[-0.1, 0.2, 2.0, 0.0, 0.0]]))
+    # deltas: -0.1 + 0.2 - 0.1 = 0; 0.2 + 0.3 - 0.2 = 0.3; 2.0 - 0.3 = 1.7
+    torch.testing.assert_close(found.advantages, torch.tensor([[0.575, 1.15, 1.7, 0.0, 0.0]]))
+    torch.testing.assert_close(found.returns, torch.tensor([[0.675, 1.35, 2.0, 0.0, 0.0]]))
+    expected = {"reward/score": 2.0, "reward/total": 2.1, "kl/reference": -0.5, "kl/coef": 0.2, "response/length": 3.0}
+    assert {name: found.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert found.metrics["response/stopped_fraction"] == 1.0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("placement", ["stop", "after_stop"])
+def test_padding_columns_change_no_metric(estimator: Any, placement: Any, tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run(**{"ppo.score_placement": placement}))
+    ppo = PPOConfig(kl_estimator=estimator, score_placement=placement, missing_eos_penalty=1.0, whiten_rewards=True)
+    found = []
+    for width in (5, 9):
+        scored = pipeline.score(rollout_of(PROMPTS, RESPONSES, width=width))
+        found.append(compute_advantages(scored, ppo, kl_coef=0.1))
+    assert found[0].metrics == pytest.approx(found[1].metrics, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(found[0].advantages, found[1].advantages[:, :5], rtol=1e-5, atol=1e-6)
+    assert (found[1].advantages[:, 5:] == 0).all()
