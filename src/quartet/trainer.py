@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,12 @@ class Trainer:
         """All iterations, then the export."""
         config, ppo, run, loaded = self.config, self.config.ppo, self.config.run, self.loaded
         updater = Updater(
-            loaded.roles.trained, loaded.optimizer, loaded.engine, ppo, temperature=config.rollout.temperature, seed=run.seed
+            loaded.roles.trained,
+            loaded.optimizer,
+            loaded.engine,
+            ppo,
+            temperature=config.rollout.temperature,
+            seed=run.seed,
         )
         self.progress.start(ppo.iterations, f"{self.inputs.plan.name} plan, {config.run.dir}")
         with MetricsWriter(self.folder.path, run.trackers, keep_through=self.state.iteration) as metrics:
@@ -136,9 +140,7 @@ class Trainer:
         if ppo.adaptive_kl_target is None:
             return self.state.kl_coef
         observed, episodes = metrics["kl/reference"], self.config.rollout.batch_size
-        return adapt_kl_coef(
-            self.state.kl_coef, observed, ppo.adaptive_kl_target, episodes, ppo.adaptive_kl_horizon
-        )
+        return adapt_kl_coef(self.state.kl_coef, observed, ppo.adaptive_kl_target, episodes, ppo.adaptive_kl_horizon)
 
     def _evaluate(self, iteration: int) -> list[Sample]:
         every, last = self.config.run.eval_every, self.config.ppo.iterations

@@ -56,14 +56,10 @@ def load(folders: tuple[Path, Path], quantization: str | None, dtype: str = "flo
 
 
 def gradients(roles: Roles) -> dict[str, torch.Tensor]:
-    sequences = Sequences(
-        torch.arange(3, 39).reshape(3, 12) % 97, torch.tensor([4, 5, 6]), torch.tensor([8, 7, 6])
-    )
+    sequences = Sequences(torch.arange(3, 39).reshape(3, 12) % 97, torch.tensor([4, 5, 6]), torch.tensor([8, 7, 6]))
     mask = torch.arange(8) < sequences.response_lengths[:, None]
     roles.trained.zero_grad(set_to_none=True)
-    logprobs, _, values = roles.trained(
-        sequences, mask, mask, temperature=1.0, with_entropy=False, entropy_grad=False
-    )
+    logprobs, _, values = roles.trained(sequences, mask, mask, temperature=1.0, with_entropy=False, entropy_grad=False)
     (logprobs.sum() + values.square().sum()).backward()
     found = {}
     for role in ("policy", "value"):
@@ -111,7 +107,9 @@ def test_heads_and_adapters_stay_float32(folders: tuple[Path, Path], kind: str) 
 
 
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
-    config = LlamaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=97)
+    config = LlamaConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=97
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
     with pytest.raises(ConfigError, match=r"whole blocks of 64 .* 48 inputs"):
         load((tmp_path / "odd", folders[1]), "4bit")

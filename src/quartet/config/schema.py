@@ -28,7 +28,7 @@ class LoraConfig(Section):
     """Rank of the adapters."""
     alpha: Positive = 32.0
     """Scale: the adapter's output is multiplied by alpha / r."""
-    dropout: Literal[0, 0.0] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
     """Always 0: dropout would make the log-probabilities of the update differ from those of the rollout."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Module names to adapt, or `all-linear` for every linear layer except the heads."""

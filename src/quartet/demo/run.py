@@ -88,7 +88,7 @@ def _configuration(
 ) -> Config:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(files.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(files.model)
     evaluation = evaluation_prompts([sentence.text for sentence in split.evaluation], tokenizer)
     training = openings([sentence.text for sentence in split.ppo], tokenizer, avoid=set(evaluation))
     data = cache_folder() / "prompts"
@@ -104,7 +104,11 @@ def _configuration(
     }
     if iterations is not None:
         overrides["ppo.iterations"] = iterations
-    return load_config(CONFIG, [f"{key}={json.dumps(str(value))}" if isinstance(value, Path) else f"{key}={value}" for key, value in overrides.items()])
+    return load_config(CONFIG, [f"{key}={_quoted(value)}" for key, value in overrides.items()])
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(str(value)) if isinstance(value, Path) else str(value)
 
 
 def _measure(folder: Path, report: RewardModelReport, seconds: float) -> DemoResult:

@@ -35,7 +35,7 @@ class PlannedSequences(Sequences):
     def of(rows: int, length: int, response: int) -> PlannedSequences:
         """Fake sequences, to be made under a fake mode."""
         counts = torch.empty(rows, dtype=torch.int64)
-        return PlannedSequences(torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response)
+        return PlannedSequences(torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response=response)
 
     def positions_before(self, mask: Tensor) -> Tensor:
         """One place for each place of the mask, as if all were True."""

@@ -59,7 +59,8 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
         ConfigError: `models.lora.target_modules` names no module of this model.
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = PeftLoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=targets)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": targets}
+    config = PeftLoraConfig(**options, lora_dropout=0.0, bias="none")
     try:
         _inject(model, name, config, seed)
     except ValueError as error:
@@ -90,7 +91,7 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
     try:
         config = PeftLoraConfig(**{k: v for k, v in content.items() if k in known and k != "auto_mapping"})
         _inject(model, name, config, seed=0)
-        result = set_peft_model_state_dict(
+        result: Any = set_peft_model_state_dict(
             model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
         )
     except (ValueError, RuntimeError, TypeError) as error:
@@ -158,6 +159,7 @@ def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointI
             f"models.lora.target_modules leaves out {path}, which the adapter {info.key}={info.adapter!r} adapts and "
             "training starts from; use all-linear or add it"
         )
+    parts: Any = layer  # torch types a ModuleDict's entries too vaguely to compute with
     old_rank, new_rank = layer.r[start], layer.r[name]
     if old_rank > new_rank:
         raise ConfigError(
@@ -165,11 +167,10 @@ def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointI
             f"training starts from; set models.lora.r={old_rank} or more"
         )
     with torch.no_grad():
-        layer.lora_A[name].weight[:old_rank] = layer.lora_A[start].weight
-        layer.lora_B[name].weight.zero_()
-        layer.lora_B[name].weight[:, :old_rank] = layer.lora_B[start].weight * (
-            layer.scaling[start] / layer.scaling[name]
-        )
+        parts.lora_A[name].weight[:old_rank] = parts.lora_A[start].weight
+        parts.lora_B[name].weight.zero_()
+        scale = parts.scaling[start] / parts.scaling[name]
+        parts.lora_B[name].weight[:, :old_rank] = parts.lora_B[start].weight * scale
 
 
 def merge(model: nn.Module, info: CheckpointInfo) -> None:
@@ -221,9 +222,9 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    config: PeftLoraConfig = model.peft_config[name]  # type: ignore[index,union-attr,assignment]
+    configs: Any = model.peft_config
     extra = extra or {}
-    content: dict[str, Any] = config.to_dict()
+    content: dict[str, Any] = configs[name].to_dict()
     content.update(
         base_model_name_or_path=base,
         task_type=task,

@@ -144,9 +144,9 @@ def freeze_trunk(model: PreTrainedModel, layers: int, dtype: torch.dtype) -> Non
 
 def copy_top(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy that shares every frozen parameter and owns copies of the trained ones."""
-    memo = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    shared = [*(parameter for parameter in model.parameters() if not parameter.requires_grad), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    twin = copy.deepcopy(model, memo)
     return twin.requires_grad_(False)
 
 

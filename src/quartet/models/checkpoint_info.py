@@ -13,7 +13,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from quartet.errors import CheckpointError
 

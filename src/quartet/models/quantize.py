@@ -51,9 +51,9 @@ def seal(model: nn.Module, kind: str) -> None:
     Raises:
         ConfigError: nothing was quantized, or a layer's rows are not whole blocks of 64.
     """
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    wanted = bnb.nn.Linear4bit if kind == "4bit" else bnb.nn.Linear8bitLt
+    wanted = Linear4bit if kind == "4bit" else Linear8bitLt
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, wanted)]
     if not layers:
         raise ConfigError(

@@ -169,7 +169,6 @@ class Roles:
             found.append((self.value.head.name, self.value.head.weight))
         return found
 
-
     def trunk_states(self, sequences: Sequences) -> dict[str, Tensor]:
         """States after the frozen layers of every backbone that has a trunk, by its name."""
         owners = [backbone for backbone in self.backbones.values() if backbone.spec.frozen_layers]

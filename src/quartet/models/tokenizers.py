@@ -21,7 +21,9 @@ def load_tokenizer(sft: CheckpointInfo, reward: CheckpointInfo) -> tuple[Any, li
     """
     tokenizer = _tokenizer(sft)
     if tokenizer is None:
-        raise CheckpointError(f"{sft.key}={sft.name!r} holds no tokenizer; save it there with tokenizer.save_pretrained")
+        raise CheckpointError(
+            f"{sft.key}={sft.name!r} holds no tokenizer; save it there with tokenizer.save_pretrained"
+        )
     other = _tokenizer(reward)
     if other is None:
         raise CheckpointError(

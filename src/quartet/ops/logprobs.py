@@ -7,6 +7,7 @@ the memory of one chunk for the next, and leaves nothing of that size for the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,10 +61,10 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` and `entropy` of `head(hidden)`, never holding the logits of more than one chunk.
 
-    How gradients come about depends on what needs them. Nothing: a plain loop. Only `hidden`, and only through the
-    log-probabilities: each row's log-probability depends on that row of `hidden` alone, so the forward pass takes its
-    derivative at once and keeps that, `[N, H]`, instead of logits; two matrix products of the head in all. Otherwise
-    (`head_trainable`, or `entropy_grad`): each chunk is recomputed in the backward pass, one matrix product more.
+    How gradients come about depends on what needs them. Nothing: a plain loop. Only `hidden` (a frozen head): each row's
+    result depends on that row of `hidden` alone, so the forward pass takes its derivative at once and keeps that,
+    `[N, H]`, instead of logits; two matrix products of the head in all, one more with `entropy_grad`. A trainable head:
+    each chunk is recomputed in the backward pass, four matrix products in all.
 
     Args:
         hidden: `[N, H]`, last hidden states; float.
@@ -84,11 +85,12 @@ def chunked_logprobs(
     assert chunk_tokens >= 1, f"chunk_tokens={chunk_tokens}"
     if not (torch.is_grad_enabled() and (hidden.requires_grad or head_trainable)):
         logprobs, entropies = _without_gradient(hidden, head, tokens, temperature, chunk_tokens, with_entropy)
-    elif head_trainable or (with_entropy and entropy_grad):
+    elif head_trainable:
         logprobs, entropies = _recomputing(hidden, head, tokens, temperature, chunk_tokens, with_entropy)
     else:
         apply: Callable[..., tuple[Tensor, Tensor]] = _FrozenHead.apply
-        logprobs, entropies = apply(hidden, tokens, head, temperature, chunk_tokens, with_entropy)
+        entropy_slope = with_entropy and entropy_grad
+        logprobs, entropies = apply(hidden, tokens, head, temperature, chunk_tokens, with_entropy, entropy_slope)
     if not with_entropy:
         return logprobs, None
     return logprobs, entropies if entropy_grad else entropies.detach()
@@ -105,25 +107,39 @@ class _Workspace:
     """
 
     def __init__(self) -> None:
-        self._shifted: Tensor | None = None
-        self._probabilities: Tensor | None = None
+        self._pair: tuple[Tensor, Tensor] | None = None
 
     def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the shape of `logits`, float32 at least, holding anything; the first call has the most rows."""
-        if self._shifted is None or self._probabilities is None:
-            self._shifted = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-            self._probabilities = torch.empty_like(self._shifted)
-        return self._shifted[: len(logits)], self._probabilities[: len(logits)]
+        """Two tensors of the shape of `logits`, float32 at least, holding anything."""
+        if self._pair is None or len(self._pair[0]) < len(logits):
+            first = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+            self._pair = first, torch.empty_like(first)
+        return self._pair[0][: len(logits)], self._pair[1][: len(logits)]
+
+    def clear(self) -> None:
+        """Give the memory back; the next use asks for it again."""
+        self._pair = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """One chunk's softmax; the two large tensors lie in the workspace."""
+
+    logprobs: Tensor
+    """`[n]`: of the chosen tokens."""
+    entropies: Tensor
+    """`[n]`, or `[0]` where not asked for."""
+    probabilities: Tensor
+    """`[n, V]`."""
+    weighted: Tensor
+    """`[n, V]`: probabilities times the shifted logits; anything where the entropy was not asked for."""
 
 
 @torch.no_grad()
-def _softmax_at(
-    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: _Workspace
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities `[n]`, entropy `[n]` or `[0]`, probabilities `[n, V]` within the workspace).
+def _softmax(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: _Workspace) -> _Softmax:
+    """Softmax of one chunk with a single pass of exponentials.
 
-    One pass of exponentials serves all three: the largest logit, shifted to 0, has probability `1 / Z`, so that
-    `log Z` is read off the probabilities.
+    The largest logit, shifted to 0, has probability `1 / Z`: so `log Z` is read off the probabilities.
     """
     shifted, probabilities = workspace.of(logits)
     top = logits.amax(-1, keepdim=True).to(shifted.dtype)
@@ -134,10 +150,24 @@ def _softmax_at(
     log_normaliser = -probabilities.amax(-1).log()
     logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - log_normaliser
     if not with_entropy:
-        return logprobs, logprobs.new_empty(0), probabilities
+        return _Softmax(logprobs, logprobs.new_empty(0), probabilities, shifted)
     # A logit of -inf has probability 0, and 0 times -inf would be NaN.
     weighted = shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(probabilities)
-    return logprobs, log_normaliser - weighted.sum(-1), probabilities
+    return _Softmax(logprobs, log_normaliser - weighted.sum(-1), probabilities, weighted)
+
+
+def _to_logprob_slope(probabilities: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+    """`scale * d logprob / d (logits / temperature) = scale * (one-hot - p)`, written over the probabilities."""
+    return probabilities.mul_(-scale[:, None]).scatter_add_(1, tokens[:, None], scale[:, None])
+
+
+def _to_entropy_slope(weighted: Tensor, probabilities: Tensor, scale: Tensor) -> Tensor:
+    """`scale * d entropy / d (logits / temperature)`, written over `weighted`.
+
+    That is `-p * (log p + entropy)`; with w = p * (shifted logit), `-(w - p * sum(w))`.
+    """
+    total = weighted.sum(-1, keepdim=True)
+    return weighted.addcmul_(probabilities, total, value=-1.0).mul_(-scale[:, None])
 
 
 def _chunks(hidden: Tensor, tokens: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -159,19 +189,28 @@ def _without_gradient(
     logprobs, entropies = _results(hidden, with_entropy)
     workspace = _Workspace()
     for rows, states, chosen in _chunks(hidden, tokens, chunk_tokens):
-        logprobs[rows], entropies[rows], _ = _softmax_at(head(states), chosen, temperature, with_entropy, workspace)
+        softmax = _softmax(head(states), chosen, temperature, with_entropy, workspace)
+        logprobs[rows], entropies[rows] = softmax.logprobs, softmax.entropies
     return logprobs, entropies
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities whose derivative by the hidden states is taken in the forward pass."""
+    """Log-probabilities and entropies whose derivatives by the hidden states are taken in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, temperature: float, chunk_tokens: int, with_entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: Head,
+        temperature: float,
+        chunk_tokens: int,
+        with_entropy: bool,
+        entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies = _results(hidden, with_entropy)
-        jacobian = torch.empty_like(hidden)
+        by_logprob = torch.empty_like(hidden)
+        by_entropy = torch.empty_like(hidden) if entropy_grad else hidden.new_empty(0)
         workspace = _Workspace()
         for rows, states, chosen in _chunks(hidden, tokens, chunk_tokens):
             states = states.detach().requires_grad_()
@@ -180,25 +219,29 @@ class _FrozenHead(torch.autograd.Function):
             assert rows.start > 0 or not _reaches_another_leaf(logits, states), (
                 "the head has parameters that need gradients: head_trainable must be True"
             )
-            logprobs[rows], entropies[rows], probabilities = _softmax_at(
-                logits.detach(), chosen, temperature, with_entropy, workspace
-            )
-            # d logprob / d logits = (one-hot - softmax) / temperature.
-            slope = probabilities.neg_().scatter_add_(
-                1, chosen[:, None], torch.ones_like(chosen[:, None], dtype=probabilities.dtype)
-            )
-            if temperature != 1.0:
-                slope.div_(temperature)
-            (jacobian[rows],) = torch.autograd.grad(logits, states, slope.to(logits.dtype))
-        ctx.save_for_backward(jacobian)
-        ctx.mark_non_differentiable(entropies)
+            softmax = _softmax(logits.detach(), chosen, temperature, with_entropy, workspace)
+            logprobs[rows], entropies[rows] = softmax.logprobs, softmax.entropies
+            scale = torch.full_like(softmax.logprobs, 1.0 / temperature)
+            if entropy_grad:
+                slope = _to_entropy_slope(softmax.weighted, softmax.probabilities, scale).to(logits.dtype)
+                (by_entropy[rows],) = torch.autograd.grad(logits, states, slope, retain_graph=True)
+            slope = _to_logprob_slope(softmax.probabilities, chosen, scale).to(logits.dtype)
+            (by_logprob[rows],) = torch.autograd.grad(logits, states, slope)
+        ctx.save_for_backward(by_logprob, by_entropy)
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (jacobian,) = ctx.saved_tensors
-        return (grad_logprobs[:, None] * jacobian).to(jacobian.dtype), None, None, None, None, None
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_logprob, by_entropy = ctx.saved_tensors
+        grad = None if grad_logprobs is None else grad_logprobs[:, None] * by_logprob
+        if grad_entropies is not None:
+            entropy_part = grad_entropies[:, None] * by_entropy
+            grad = entropy_part if grad is None else grad + entropy_part
+        return (None if grad is None else grad.to(by_logprob.dtype)), None, None, None, None, None, None
 
 
 def _reaches_another_leaf(output: Tensor, leaf: Tensor) -> bool:
@@ -219,40 +262,47 @@ def _recomputing(
     hidden: Tensor, head: Head, tokens: Tensor, temperature: float, chunk_tokens: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     apply: Callable[..., tuple[Tensor, Tensor]] = _SoftmaxAt.apply
+    workspace = _Workspace()
 
     def of_chunk(states: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return apply(head(states), chosen, temperature, with_entropy)
+        return apply(head(states), chosen, temperature, with_entropy, workspace)
 
-    # An empty batch still runs one (empty) chunk, so that its result is part of the graph.
+    # `split` gives one empty chunk for an empty batch, so that its result is part of the graph too.
     parts = [
         checkpoint(of_chunk, states, chosen, use_reentrant=False, preserve_rng_state=False)
         for states, chosen in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
     ]
+    # The backward pass asks for the memory again; until then the rest of the model needs it.
+    workspace.clear()
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropies for _, entropies in parts])
 
 
 class _SoftmaxAt(torch.autograd.Function):
-    """`_softmax_at` with its gradient by the logits in closed form, from the probabilities alone."""
+    """Log-probabilities and entropies of one chunk of logits, with the gradient in closed form.
+
+    Only for use under `checkpoint`: what is saved lies in the workspace and is overwritten by the next chunk, which is
+    right because a chunk is recomputed just before its backward, and is used up there.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: _Workspace
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, probabilities = _softmax_at(logits, tokens, temperature, with_entropy, _Workspace())
-        ctx.save_for_backward(probabilities, tokens, entropies)
+        softmax = _softmax(logits, tokens, temperature, with_entropy, workspace)
+        ctx.save_for_backward(softmax.probabilities, softmax.weighted, tokens)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
-        return logprobs, entropies
+        return softmax.logprobs, softmax.entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        probabilities, tokens, entropies = ctx.saved_tensors
-        by_logprob = torch.zeros_like(probabilities[:, 0]) if grad_logprobs is None else grad_logprobs / ctx.temperature
-        slope = probabilities * -by_logprob[:, None]
-        slope.scatter_add_(1, tokens[:, None], by_logprob[:, None])
-        if grad_entropies is not None and len(entropies):
-            # d entropy / d logit = -p * (log p + entropy) / temperature.
-            information = torch.xlogy(probabilities, probabilities).addcmul_(probabilities, entropies[:, None])
-            slope.addcmul_(information, -grad_entropies[:, None] / ctx.temperature)
-        return slope.to(ctx.dtype), None, None, None
+        probabilities, weighted, tokens = ctx.saved_tensors
+        # In this order: the slope of the log-probability is written over the probabilities.
+        slope = None
+        if grad_entropies is not None and len(grad_entropies):
+            slope = _to_entropy_slope(weighted, probabilities, grad_entropies / ctx.temperature)
+        if grad_logprobs is not None:
+            part = _to_logprob_slope(probabilities, tokens, grad_logprobs / ctx.temperature)
+            slope = part if slope is None else slope.add_(part)
+        return (None if slope is None else slope.to(ctx.dtype)), None, None, None, None

@@ -107,7 +107,9 @@ def verify(folder: Path) -> None:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
         files = manifest["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged; resume from an earlier checkpoint") from error
+        raise CheckpointError(
+            f"{folder / MANIFEST} is missing or damaged; resume from an earlier checkpoint"
+        ) from error
     for name, expected in files.items():
         path = folder / Path(name).name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:

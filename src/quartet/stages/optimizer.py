@@ -20,7 +20,9 @@ def make_optimizer(roles: Roles, ppo: PPOConfig) -> torch.optim.Optimizer:
     ]
     for group in groups:
         group["base_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, ppo: PPOConfig, iteration: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quartet.errors import TrainingError
 from quartet.models.roles import Roles
-from quartet.ops.rewards import value_mask
+from quartet.ops.rewards import ScorePlacement, value_mask
 from quartet.records import Rollout, Scored
 from quartet.stages.batching import SequenceTable, microbatches
 from quartet.stages.trunks import TrunkStates
@@ -25,7 +25,7 @@ def score_rollout(
     roles: Roles,
     *,
     temperature: float,
-    placement: str,
+    placement: ScorePlacement,
     rows: int,
     extra: Scorer | None = None,
     decode: Callable[[Tensor], str] | None = None,

@@ -177,5 +177,3 @@ def _culprit(batch: Advantaged, losses: list[tuple[Tensor, Tensor]]) -> str:
         "the gradient is not finite although every loss is; the step was not taken, lower ppo.learning_rate or use "
         "models.dtype=float32"
     )
-
-
