@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PHASES = ("load", "rollout", "scoring", "update")
-PROMPT, RESPONSE = 48, 64
+PROMPT, RESPONSE = 32, 32
 SEED = 0
 QUICK = ("S full", "S lora paired", "S lora single checkpointing")
 
@@ -86,7 +86,7 @@ def run_config(root: Path, spec: dict[str, Any]) -> Any:
         {
             "models": {"sft": str(folder / "sft"), "reward": str(folder / reward), **spec["models"]},
             "data": {"prompts": "unused", "max_prompt_tokens": PROMPT},
-            "rollout": {"batch_size": 4 * spec["rows"], "response_length": RESPONSE, "batch_rows": 2 * spec["rows"]},
+            "rollout": {"batch_size": 2 * spec["rows"], "response_length": RESPONSE, "batch_rows": 2 * spec["rows"]},
             "ppo": {"epochs": 1, "minibatches": 1, "microbatch_rows": spec["rows"]},
             "run": {"seed": SEED},
         }
@@ -175,7 +175,7 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         roles = load_roles(config.models, plan_for(config.models, sft, reward), sft, reward, seed=SEED)
         optimizer = make_optimizer(roles, config.ppo)
     settings = SamplingSettings(RESPONSE, 1.0, 1.0, None, 0, config.rollout.batch_rows, SEED)
-    generator = make_engine(config.rollout.engine, roles.policy, settings)
+    generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
     updater = Updater(roles.trained, optimizer, start_engine(), config.ppo, temperature=1.0, seed=SEED)
     torch.manual_seed(SEED)
     count = config.rollout.batch_size
@@ -195,6 +195,11 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         with probe.phase("update"):
             updater.update(batch, iteration=iteration)
     return {"measured": probe.peaks, "floor": probe.floor, "exact": exact_bytes(roles, optimizer)}
+
+
+def print_aside(line: str) -> None:
+    """Notices go to stderr: stdout holds the result."""
+    print(line, file=sys.stderr)
 
 
 def warm_up(device: Any) -> None:
@@ -245,7 +250,7 @@ def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 def in_process(task: str, root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
     """Run `measure` or `predict` in a fresh interpreter."""
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-W", "ignore", __file__, "--task", task, "--root", str(root), "--spec", json.dumps(spec)]

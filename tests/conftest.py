@@ -14,19 +14,20 @@ Tree = dict[str, Any]
 TinyRun = Callable[..., Tree]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread_no_network() -> Iterator[None]:
-    """Tests share few cores, and none of them may reach the network."""
-    before = os.environ.get("HF_HUB_OFFLINE")
+def pytest_configure() -> None:
+    """Before anything is imported that reads it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_no_network_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests share few cores, and none of them may reach the network or the user's cache."""
     import torch
 
     torch.set_num_threads(1)
-    yield
-    if before is None:
-        del os.environ["HF_HUB_OFFLINE"]
-    else:
-        os.environ["HF_HUB_OFFLINE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUARTET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ class Pipeline:
         self.config = values if isinstance(values, Config) else parse_config(values)
         self.notices: list[str] = []
         self.inputs = read_inputs(self.config, self.notices.append)
-        self.loaded = load_everything(self.config, self.inputs)
+        self.loaded = load_everything(self.config, self.inputs, self.notices.append)
         self.iteration = 0
 
     @property

@@ -1,3 +1,39 @@
-"""Quartet: PPO-based RLHF for language models, the four models of PPO in the memory of one."""
+"""Quartet: PPO-based RLHF for language models, the four models of PPO in the memory of one.
+
+    from quartet import train
+    train({"models": {"sft": ..., "reward": ...}, "data": {"prompts": ...}, "run": {"dir": ...}})
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quartet.config import Config, load_config, parse_config
+from quartet.errors import CheckpointError, ConfigError, DataError, QuartetError, RewardError, TrainingError
+
+if TYPE_CHECKING:
+    from quartet.trainer import resume, train
 
 __version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "QuartetError",
+    "RewardError",
+    "TrainingError",
+    "load_config",
+    "parse_config",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`train` and `resume` load torch and transformers, so they are fetched when first asked for."""
+    if name in ("train", "resume"):
+        from quartet import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'quartet' has no attribute {name!r}")

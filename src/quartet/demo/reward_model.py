@@ -31,7 +31,7 @@ EVALUATION_ROWS = 32
 class RewardRecipe:
     """How the reward model is trained."""
 
-    steps: int = 32
+    steps: int = 40
     """Optimizer steps; every one takes fresh sentences."""
     batch_rows: int = 32
     """Sentences in a step; all their pairs count."""

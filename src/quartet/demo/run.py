@@ -14,11 +14,12 @@ from rich.table import Table
 
 from quartet.config import Config, load_config
 from quartet.demo.judge import vader_mean
-from quartet.demo.packages import DemoFiles, cache_folder, fetch
+from quartet.demo.packages import DemoFiles, fetch
 from quartet.demo.prompts import evaluation_prompts, openings, write_prompts
 from quartet.demo.ratings import RatingSplit, load_ratings, split_ratings
 from quartet.demo.reward_model import RewardModelReport, ensure_reward_model
 from quartet.errors import ConfigError
+from quartet.models.cache import cache_folder
 from quartet.run.folder import RunFolder
 from quartet.run.metrics import FILE_NAME, read_metrics
 from quartet.run.progress import Progress

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from quartet.config import LoraConfig
 from quartet.memory.adapter_sizes import AdapterSize, adapter_size
 from quartet.memory.choices import Choices, Workload, torch_dtype
-from quartet.memory.phases import Working, working_memory
+from quartet.memory.phases import PHASES, Simulator
+from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -64,6 +65,8 @@ class PhaseBytes:
     activations: float
     kv_cache: float
     logits: float
+    trunk_states: float
+    """States after frozen layers that scoring keeps for the update."""
     gathered: float
     """Weights of layers that are whole for as long as they run (sharded engines)."""
     at: str
@@ -76,7 +79,7 @@ class PhaseBytes:
 
     def parts(self) -> dict[str, float]:
         """The bytes by name."""
-        names = ("weights", "optimizer", "gradients", "activations", "kv_cache", "logits", "gathered")
+        names = ("weights", "optimizer", "gradients", "activations", "kv_cache", "logits", "trunk_states", "gathered")
         return {name: getattr(self, name) for name in names}
 
 
@@ -91,7 +94,6 @@ class Estimate:
     backbones: tuple[BackboneBytes, ...]
     roles: tuple[RoleBytes, ...]
     phases: tuple[PhaseBytes, ...]
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def peak(self) -> PhaseBytes:
@@ -103,145 +105,180 @@ class Estimate:
         return next(phase for phase in self.phases if phase.phase == name)
 
 
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What is in memory whatever the phase."""
+
+    backbones: tuple[BackboneBytes, ...]
+    roles: tuple[RoleBytes, ...]
+    heads: float
+    """Value and score head."""
+    load: PhaseBytes
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightBytes:
+    weights: float
+    mapped: float
+    """From the first optimizer step on."""
+    mapped_at_first: float
+
+
 class Estimator:
     """Estimates for two checkpoints; what was learned for one choice is kept for the next."""
 
     def __init__(self, sft: CheckpointInfo, reward: CheckpointInfo, workload: Workload, device: torch.device) -> None:
         self.sft, self.reward, self.workload, self.device = sft, reward, workload, device
-        self._shapes: dict[Task, BackboneShape] = {}
+        self._shapes: dict[tuple[Task, int], BackboneShape] = {}
         self._adapters: dict[tuple[str, str, LoraConfig | None], AdapterSize] = {}
-        self._working: dict[tuple[object, ...], dict[str, Working]] = {}
-
-    def shape(self, task: Task) -> BackboneShape:
-        """Shape of the SFT checkpoint's or the reward checkpoint's backbone."""
-        if task not in self._shapes:
-            self._shapes[task] = shape_of(self.sft if task == "language_model" else self.reward, task)
-        return self._shapes[task]
-
-    def info(self, spec: BackboneSpec) -> CheckpointInfo:
-        """The checkpoint that a backbone is loaded from."""
-        return self.sft if spec.task == "language_model" else self.reward
+        self._simulator = Simulator(sft, reward, workload)
 
     def estimate(self, plan: SharingPlan, choices: Choices) -> Estimate:
         """Predict one plan under one set of choices.
 
         Raises:
             CheckpointError: a checkpoint whose model cannot be built from its configuration.
+            ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers).
         """
-        backbones = tuple(self._backbone(plan, spec, choices) for spec in plan.backbones)
-        roles = tuple(self._role(plan, role, choices) for role in ROLES)
-        working = self._work(plan, choices)
-        phases = [self._load(plan, backbones, roles)]
-        phases += [self._phase(name, work, plan, backbones, roles, choices) for name, work in working.items()]
-        return Estimate(plan, self.device.type, choices, self.workload, backbones, roles, tuple(phases))
+        ledger = self.ledger(plan, choices)
+        phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
+        return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases)
 
-    def _backbone(self, plan: SharingPlan, spec: BackboneSpec, choices: Choices) -> BackboneBytes:
-        shape, info = self.shape(spec.task), self.info(spec)
-        dtype = torch.float32 if spec.trainable else torch_dtype(choices.dtype)
-        weights = shape.parameters * dtype.itemsize + shape.buffer_bytes
-        mapped = 0
-        if self.device.type == "cpu" and not (spec.trainable or spec.merged_adapter):
-            mapped = shape.mapped_parameters(info, dtype) * dtype.itemsize
+    def ledger(self, plan: SharingPlan, choices: Choices) -> Ledger:
+        """What is in memory for the whole run."""
+        weights = [self._backbone(plan, spec, choices) for spec in plan.backbones]
+        roles = tuple(self._role(plan, role, choices) for role in ROLES)
+        heads = sum(role.head for role in roles if role.role in ("value", "reward"))
+        after_load = sum(fresh for _, fresh in weights) + heads
+        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, 0, "weights")
+        return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, load)
+
+    def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
+        """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
+        work = self._simulator.working(name, plan, choices, self._shape("language_model", 0))
+        gradients = sum(role.gradients for role in ledger.roles)
+        if name == "update":
+            gradients = work.held[GRADIENTS] / gradient_shards(choices)
+        return PhaseBytes(
+            phase=name,
+            weights=sum(b.weights - b.mapped + b.adapters for b in ledger.backbones) + ledger.heads,
+            optimizer=sum(role.optimizer for role in ledger.roles),
+            gradients=gradients,
+            activations=work.held[ACTIVATIONS],
+            kv_cache=work.held[CACHE],
+            logits=work.held[LOGITS],
+            trunk_states=0 if name == "rollout" else self._trunk_states(plan, choices),
+            gathered=self._gathered(name, plan, choices),
+            at=work.at,
+        )
+
+    def _shape(self, task: Task, frozen_layers: int) -> BackboneShape:
+        key = (task, frozen_layers)
+        if key not in self._shapes:
+            self._shapes[key] = shape_of(self.sft if task == "language_model" else self.reward, task, frozen_layers)
+        return self._shapes[key]
+
+    def _info(self, spec: BackboneSpec) -> CheckpointInfo:
+        return self.sft if spec.task == "language_model" else self.reward
+
+    def _owner(self, plan: SharingPlan, spec: BackboneSpec) -> BackboneSpec:
+        """The backbone whose bottom this one shares, or itself."""
+        return spec if spec.top_of is None else next(s for s in plan.backbones if s.name == spec.top_of)
+
+    def _backbone(self, plan: SharingPlan, spec: BackboneSpec, choices: Choices) -> tuple[BackboneBytes, float]:
+        """Its bytes, and how many of them are in memory (CPU: not mapped) before the first optimizer step."""
+        shape = self._shape(spec.task, self._owner(plan, spec).frozen_layers)
+        size = self._sizes(spec, shape, choices)
         share = shards(choices)
-        adapters = FLOAT * sum(self._adapter(spec, a.name, choices).parameters for a in spec.adapters)
-        return BackboneBytes(
+        adapters = FLOAT * sum(self._adapter(spec, a.name, choices).parameters for a in spec.adapters) / share
+        found = BackboneBytes(
             name=spec.name,
             checkpoint=spec.checkpoint,
             roles=tuple(view.role for view in plan.views if view.backbone == spec.name),
-            parameters=shape.parameters,
+            parameters=shape.count(shape.trained) if spec.top_of else shape.parameters,
             trained=spec.trainable,
-            weights=weights / share,
-            mapped=mapped / share,
-            adapters=adapters / share,
+            weights=size.weights / share,
+            mapped=size.mapped / share,
+            adapters=adapters,
         )
+        return found, (size.weights - size.mapped_at_first) / share + adapters
+
+    def _sizes(self, spec: BackboneSpec, shape: BackboneShape, choices: Choices) -> _WeightBytes:
+        dtype, info = torch_dtype(choices.dtype), self._info(spec)
+        trained = shape.count(shape.trained) * FLOAT
+        if spec.top_of is not None:
+            return _WeightBytes(trained, 0, 0)  # a copy of what its twin trains
+        if spec.trainable:
+            frozen = shape.tensors.keys() - shape.trained
+            weights = trained + shape.count(frozen) * dtype.itemsize + shape.buffer_bytes
+            if self.device.type != "cpu" or spec.merged_adapter is not None:
+                return _WeightBytes(weights, 0, 0)
+            stored = shape.in_file(info, torch.float32)
+            kept = shape.count(frozen & stored) * FLOAT if dtype == torch.float32 else 0
+            return _WeightBytes(weights, kept, kept + shape.count(shape.trained & stored) * FLOAT)
+        if choices.quantization is not None:
+            plain = shape.tensors.keys() - shape.linear
+            small = sum(quantized_bytes(shape.tensors[name], choices.quantization) for name in shape.linear)
+            stored = shape.in_file(info, dtype) & plain if self.device.type == "cpu" else set()
+            mapped = shape.count(stored) * dtype.itemsize
+            return _WeightBytes(small + shape.count(plain) * dtype.itemsize + shape.buffer_bytes, mapped, mapped)
+        weights = shape.parameters * dtype.itemsize + shape.buffer_bytes
+        if self.device.type != "cpu":
+            return _WeightBytes(weights, 0, 0)
+        # Another dtype than the file's is converted once, on disk, and mapped from there.
+        stored = shape.in_file(info, dtype if info.trust_remote_code else None)
+        mapped = shape.count(stored) * dtype.itemsize
+        return _WeightBytes(weights, mapped, mapped)
 
     def _adapter(self, spec: BackboneSpec, name: str, choices: Choices) -> AdapterSize:
         key = (spec.name, name, choices.lora)
         if key not in self._adapters:
             adapter = next(a for a in spec.adapters if a.name == name)
             owner = self.sft if name in ("policy", "reference", "sft") else self.reward
-            shape = self.shape(spec.task)
-            self._adapters[key] = adapter_size(adapter, owner, self.info(spec), spec.task, choices.lora, shape)
+            shape = self._shape(spec.task, 0)
+            self._adapters[key] = adapter_size(adapter, owner, self._info(spec), spec.task, choices.lora, shape)
         return self._adapters[key]
 
     def _role(self, plan: SharingPlan, role: Role, choices: Choices) -> RoleBytes:
-        view = plan.view(role)
+        view, policy = plan.view(role), plan.view("policy")
         spec = next(spec for spec in plan.backbones if spec.name == view.backbone)
-        shape = self.shape(spec.task)
+        shape = self._shape(spec.task, self._owner(plan, spec).frozen_layers)
         adapter = AdapterSize(0, 0) if view.adapter is None else self._adapter(spec, view.adapter, choices)
-        own = AdapterSize(shape.parameters, len(shape.tensors)) if spec.trainable else adapter
+        own = AdapterSize(shape.count(shape.trained), len(shape.trained)) if spec.trainable else adapter
+        if role == "value" and (view.backbone, view.adapter) == (policy.backbone, policy.adapter):
+            own = adapter = AdapterSize(0, 0)  # a head on the policy's states
         scalar = shape.hidden if view.head != "lm" else 0
         trained = own.parameters + scalar if view.trainable else 0
         tensors = own.tensors + (scalar > 0) if view.trainable else 0
-        share, optimizer_share = shards(choices), optimizer_shards(choices)
-        dtype = torch.float32 if spec.trainable else torch_dtype(choices.dtype)
+        width = FLOAT if spec.trainable or spec.top_of else torch_dtype(choices.dtype).itemsize
         return RoleBytes(
             role=role,
             backbone=view.backbone,
             trained_parameters=trained,
-            adapters=adapter.parameters * FLOAT / share,
-            head=scalar * FLOAT if scalar else shape.head_parameters * dtype.itemsize / share,
+            adapters=adapter.parameters * FLOAT / shards(choices),
+            head=scalar * FLOAT if scalar else shape.count(shape.head) * width / shards(choices),
             gradients=trained * FLOAT / gradient_shards(choices),
-            optimizer=(2 * trained + tensors) * FLOAT / optimizer_share,
+            optimizer=(2 * trained + tensors) * FLOAT / gradient_shards(choices),
         )
 
-    def _work(self, plan: SharingPlan, choices: Choices) -> dict[str, Working]:
-        key = (
-            plan.name,
-            choices.lora,
-            choices.dtype,
-            choices.checkpointing,
-            choices.microbatch_rows,
-            choices.batch_rows,
-            choices.world_size,
-            choices.quantization,
-            choices.freeze_layers,
-        )
-        if key not in self._working:
-            shapes = {spec.name: self.shape(spec.task) for spec in plan.backbones}
-            self._working[key] = working_memory(plan, self.sft, self.reward, choices, self.workload, shapes)
-        return self._working[key]
+    def _trunk_states(self, plan: SharingPlan, choices: Choices) -> float:
+        """States after the frozen layers, of all episodes; they are in host memory."""
+        if self.device.type != "cpu":
+            return 0
+        width = sum(self._shape(spec.task, 0).hidden for spec in plan.backbones if spec.frozen_layers)
+        tokens = self.workload.process_rows(choices.world_size) * self.workload.longest
+        return tokens * width * torch_dtype(choices.dtype).itemsize
 
-    def _load(self, plan: SharingPlan, backbones: tuple[BackboneBytes, ...], roles: tuple[RoleBytes, ...]) -> PhaseBytes:
-        """After loading: on a CPU what is trained is still mapped, until the first optimizer step writes to it."""
-        weights = sum(b.weights - b.mapped + b.adapters for b in backbones) + scalar_heads(roles)
-        if self.device.type == "cpu":
-            for spec, backbone in zip(plan.backbones, backbones, strict=True):
-                if spec.trainable and not spec.merged_adapter:
-                    shape = self.shape(spec.task)
-                    mapped = shape.mapped_parameters(self.info(spec), torch.float32) / max(1, shape.parameters)
-                    weights -= mapped * backbone.weights
-        return PhaseBytes("load", weights, 0, 0, 0, 0, 0, 0, "weights")
-
-    def _phase(
-        self,
-        name: str,
-        work: Working,
-        plan: SharingPlan,
-        backbones: tuple[BackboneBytes, ...],
-        roles: tuple[RoleBytes, ...],
-        choices: Choices,
-    ) -> PhaseBytes:
-        """From the second iteration on: weights written, optimizer state there, last gradients not yet freed."""
-        gradients = sum(role.gradients for role in roles)
-        if name == "update":
-            gradients = work.held[GRADIENTS] / gradient_shards(choices)
-        return PhaseBytes(
-            phase=name,
-            weights=sum(b.weights - b.mapped + b.adapters for b in backbones) + scalar_heads(roles),
-            optimizer=sum(role.optimizer for role in roles),
-            gradients=gradients,
-            activations=work.held[ACTIVATIONS],
-            kv_cache=work.held[CACHE],
-            logits=work.held[LOGITS],
-            gathered=0,
-            at=work.at,
-        )
-
-
-def scalar_heads(roles: tuple[RoleBytes, ...]) -> float:
-    """Value and score head."""
-    return sum(role.head for role in roles if role.role in ("value", "reward"))
+    def _gathered(self, phase: str, plan: SharingPlan, choices: Choices) -> float:
+        """Sharded engines: the layer that runs and the one that is fetched ahead are whole; so is the policy that
+        generates, if asked for."""
+        if shards(choices) == 1:
+            return 0
+        shapes = {spec.name: self._shape(spec.task, 0) for spec in plan.backbones}
+        width = torch_dtype(choices.dtype).itemsize
+        if phase == "rollout" and choices.gather_for_rollout:
+            return shapes[plan.view("policy").backbone].parameters * width * (1 - 1 / choices.world_size)
+        return 2 * max(shape.largest_layer for shape in shapes.values()) * width
 
 
 def shards(choices: Choices) -> int:
@@ -250,10 +287,5 @@ def shards(choices: Choices) -> int:
 
 
 def gradient_shards(choices: Choices) -> int:
-    """Into how many processes gradients are cut."""
+    """Into how many processes gradients and optimizer state are cut."""
     return choices.world_size if choices.engine in ("zero2", "zero3", "fsdp2") else 1
-
-
-def optimizer_shards(choices: Choices) -> int:
-    """Into how many processes the optimizer state is cut."""
-    return gradient_shards(choices)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
 from quartet.memory.choices import Choices, Workload
+from quartet.memory.decoding import decoding
 from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
-from quartet.memory.trace import CACHE, GRADIENTS, Bytes, MemoryTrace, at_depth, fake_mode, gradients_of, largest
+from quartet.memory.trace import GRADIENTS, Bytes, MemoryTrace, at_depth, fake_mode, largest
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
-from quartet.rollout.sampling import sample
 
 PHASES = ("rollout", "scoring", "update")
 
@@ -31,102 +30,84 @@ class Working:
     held: Bytes
 
 
-def working_memory(
-    plan: SharingPlan,
-    sft: CheckpointInfo,
-    reward: CheckpointInfo,
-    choices: Choices,
-    workload: Workload,
-    shapes: dict[str, BackboneShape],
-) -> dict[str, Working]:
-    """Peak of each phase, at the full number of layers.
+@dataclass(frozen=True)
+class _Small:
+    """The roles with few layers, to be run in place of all layers."""
 
-    The code runs with a few layers only, at two depths; every stretch of it is linear in the depth, so that the values
-    at the full depth follow without error. Gradients of the update are included.
+    roles: Roles
+    mode: Any
+    layers: int
+    frozen: int
 
-    Args:
-        shapes: of the plan's backbones, by name.
+
+class Simulator:
+    """Runs the phases on fake tensors, at two depths, and extends their peaks to the full number of layers.
+
+    Every stretch of the code is linear in the number of layers, so that this adds no error. What was run once is kept.
     """
-    layers = max(shape.layers for shape in shapes.values())
-    period = max(shape.period for shape in shapes.values())
-    small = min(2 + (layers - 2) % period if layers > 2 else layers, layers)
-    large = min(small + period, layers)
-    traces = {depth: _at(depth, plan, sft, reward, choices, workload) for depth in {small, large}}
-    share = 0.0 if large == small else (layers - small) / (large - small)
-    found = {}
-    for phase in PHASES:
-        peaks = at_depth(traces[small][phase], traces[large][phase], share)
-        label, held = largest(peaks)
-        found[phase] = Working(label, held)
-    return found
+
+    def __init__(self, sft: CheckpointInfo, reward: CheckpointInfo, workload: Workload) -> None:
+        self._sft, self._reward, self._workload = sft, reward, workload
+        self._small: dict[tuple[object, ...], _Small] = {}
+        self._found: dict[tuple[object, ...], Working] = {}
+
+    def working(self, phase: str, plan: SharingPlan, choices: Choices, shape: BackboneShape) -> Working:
+        """Peak of one phase at full depth; the gradients of the update are included.
+
+        Args:
+            shape: of the language model; the other backbones are taken to be as deep.
+        """
+        rows = choices.microbatch_rows if phase == "update" else choices.batch_rows
+        key = (phase, rows, choices.world_size, *_what(plan, choices))
+        if key not in self._found:
+            self._found[key] = self._run(phase, plan, choices, shape)
+        return self._found[key]
+
+    def _run(self, phase: str, plan: SharingPlan, choices: Choices, shape: BackboneShape) -> Working:
+        frozen = max(spec.frozen_layers for spec in plan.backbones)
+        trunk = min(frozen, 1)
+        # Layers that the phase repeats: all in the rollout, those above the trunk where the trunk is left out.
+        total = shape.layers if phase == "rollout" else shape.layers - frozen + trunk
+        few = min(total, trunk + 2 + (total - trunk - 2) % shape.period) if total > trunk + 2 else total
+        more = min(few + shape.period, total)
+        peaks = [self._peaks(phase, plan, choices, depth, trunk) for depth in dict.fromkeys((few, more))]
+        share = 0.0 if more == few else (total - few) / (more - few)
+        label, held = largest(at_depth(peaks[0], peaks[-1], share))
+        return Working(label, held)
+
+    def _peaks(self, phase: str, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> dict[str, Bytes]:
+        small = self._roles(plan, choices, depth, trunk)
+        run: Callable[[MemoryTrace, Roles, Choices, Workload], None]
+        run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
+        with small.mode, torch.device("cpu"), traced(small.roles) as trace:
+            run(trace, small.roles, choices, self._workload)
+        for tensor in tensors_of(small.roles):
+            tensor.grad = None
+        return {label: held for label, held in trace.peaks.items() if label and not label.startswith("setup")}
+
+    def _roles(self, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> _Small:
+        key = (depth, *_what(plan, choices))
+        if key not in self._small:
+            specs = [replace(spec, frozen_layers=min(spec.frozen_layers, trunk)) for spec in plan.backbones]
+            mode = fake_mode()
+            shallow = replace(plan, backbones=tuple(specs))
+            roles = fake_roles(shallow, self._sft, self._reward, choices, depth, mode)
+            self._small[key] = _Small(roles, mode, depth, trunk)
+        return self._small[key]
 
 
-def _at(
-    depth: int, plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, workload: Workload
-) -> dict[str, dict[str, Bytes]]:
-    mode = fake_mode()
-    roles = fake_roles(plan, sft, reward, choices, depth, mode)
-    with mode, torch.device("cpu"):
-        return {
-            "rollout": _run(roles, lambda trace: _rollout(trace, roles, choices, workload)),
-            "scoring": _run(roles, lambda trace: _scoring(trace, roles, choices, workload)),
-            "update": _run(roles, lambda trace: _update(trace, roles, choices, workload)),
-        }
-
-
-def _run(roles: Roles, phase: Callable[[MemoryTrace], None]) -> dict[str, Bytes]:
-    with traced(roles) as trace:
-        phase(trace)
-    return {label: held for label, held in trace.peaks.items() if not label.startswith("setup")}
-
-
-def _rollout(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
-    """Prompts into the cache; then the last step, when the cache is longest."""
-    rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
-    with torch.no_grad(), roles.policy.active():
-        trace.stage = "prompts"
-        _decode(trace, roles, workload, rows, workload.longest_prompt)
-        trace.stage = "setup"
-        cache = _decode(trace, roles, workload, rows, workload.longest - 1)
-        trace.stage = "decoding"
-        trace.enter("policy embeddings")
-        _decode(trace, roles, workload, rows, 1, cache, before=workload.longest - 1)
-
-
-def _decode(
-    trace: MemoryTrace,
-    roles: Roles,
-    workload: Workload,
-    rows: int,
-    tokens: int,
-    cache: Any = None,
-    *,
-    before: int = 0,
-) -> Any:
-    """One step of the growing-cache engine."""
-    backbone = roles.policy.backbone
-    cache = cache if cache is not None else DynamicCache(config=backbone.model.config)
-    arguments: dict[str, Any] = {
-        "input_ids": torch.empty((rows, tokens), dtype=torch.int64),
-        "attention_mask": torch.empty((rows, before + tokens), dtype=torch.int64),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
-    if "position_ids" in inspect.signature(backbone.transformer.forward).parameters:
-        arguments["position_ids"] = torch.empty((rows, tokens), dtype=torch.int64)
-    hidden = backbone.transformer(**arguments).last_hidden_state
-    trace.mark([t for layer in cache.layers for t in (layer.keys, layer.values)], CACHE)
-    logits = roles.policy.head(hidden[:, -1])
-    uniform = torch.empty(rows, dtype=torch.float64)
-    sample(logits, uniform, temperature=workload.temperature, top_p=workload.top_p)
-    return cache
+def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
+    """All that the small models depend on."""
+    return plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization, choices.rollout_engine
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
     rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
-    sequences = PlannedSequences.of(rows, workload.longest, workload.response_length)
-    mask = sequences.mask()
+    plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
+    mask = plain.mask()
     with torch.no_grad():
+        trace.enter("trunk embeddings")
+        sequences = replace(plain, trunks=roles.trunk_states(plain))
         trace.enter("reference embeddings")
         roles.reference(sequences, mask, temperature=workload.temperature)
         trace.enter("value embeddings")
@@ -143,13 +124,15 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
     handles = [p.register_post_accumulate_grad_hook(lambda p: trace.mark([p.grad], GRADIENTS)) for p in trainable]
     if count > rows:
         trace.stage = "setup"
+        trace.enter("gradients")
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
         trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
-    sequences = PlannedSequences.of(rows, workload.longest, workload.response_length)
-    mask = sequences.mask()
     trace.stage = "forward"
     trace.enter("policy embeddings")
+    plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
+    sequences = replace(plain, trunks=_trunk_blocks(roles, rows, workload.longest))
+    mask = plain.mask()
     logprobs, entropy, values = roles.trained(
         sequences,
         mask,
@@ -161,6 +144,7 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
     loss = logprobs.sum() + values.sum()
     if workload.entropy_gradient and entropy is not None:
         loss = loss + entropy.sum()
+    del logprobs, entropy, values
     trace.stage = "backward"
     trace.enter("losses")
     loss.backward()
@@ -168,6 +152,11 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         handle.remove()
 
 
-def gradient_bytes(roles: Roles) -> int:
-    """Bytes of the gradients of all models."""
-    return sum(g.numel() * g.element_size() for model in roles.backbones.values() for g in gradients_of(model.model))
+def _trunk_blocks(roles: Roles, rows: int, length: int) -> dict[str, Tensor]:
+    """What `with_trunks` brings along."""
+    found = {}
+    for name, backbone in roles.backbones.items():
+        if backbone.spec.frozen_layers:
+            width = backbone.model.config.get_text_config().hidden_size
+            found[name] = torch.empty((rows, length, width), dtype=backbone.dtype)
+    return found

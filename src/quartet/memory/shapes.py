@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from quartet.errors import CheckpointError
+from quartet.models.branch import freeze_trunk
+from quartet.models.cache import FLOATS, NAMES
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.loading import without_dropout
 from quartet.models.plan import Task
-
-_FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class BackboneShape:
     """Which of them are the LM head's own; empty where it is tied to the embeddings."""
     linear: frozenset[str]
     """Which of them quantization replaces: weights of linear layers within the transformer."""
+    trained: frozenset[str]
+    """Which of them full fine-tuning trains: all, or those above the frozen layers."""
     buffer_bytes: int
     prefix: str
     """Of the transformer's parameters, with a dot."""
@@ -44,19 +47,23 @@ class BackboneShape:
         """Number of distinct parameters, LM head included."""
         return sum(math.prod(shape) for shape in self.tensors.values())
 
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of an LM head that is not tied."""
-        return sum(math.prod(self.tensors[name]) for name in self.head)
+    def count(self, names: Iterable[str]) -> int:
+        """Elements of some of the parameters."""
+        return sum(math.prod(self.tensors[name]) for name in names)
 
-    def mapped_parameters(self, info: CheckpointInfo, dtype: torch.dtype) -> int:
-        """Parameters whose tensor in the file has this dtype and shape: loading on a CPU maps them and copies nothing."""
-        found = 0
+    def in_file(self, info: CheckpointInfo, dtype: torch.dtype | None) -> set[str]:
+        """Parameters whose tensor in the file has this shape and dtype (None: any float): loading on a CPU maps these
+        and copies nothing."""
+        found = set()
         for name, shape in self.tensors.items():
             bare = name.removeprefix(self.prefix)
             stored = next((info.tensors[n] for n in (name, bare, self.prefix + bare) if n in info.tensors), None)
-            if stored is not None and stored.shape == shape and _FILE_DTYPES.get(stored.dtype) == dtype:
-                found += math.prod(shape)
+            if (
+                stored is not None
+                and stored.shape == shape
+                and (stored.dtype in FLOATS if dtype is None else stored.dtype == NAMES[dtype])
+            ):
+                found.add(name)
         return found
 
 
@@ -90,14 +97,20 @@ def empty_model(
     return result
 
 
-def shape_of(info: CheckpointInfo, task: Task) -> BackboneShape:
+def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> BackboneShape:
     """Build the model on the meta device, at full depth, and count.
+
+    Args:
+        frozen_layers: layers at the bottom that full fine-tuning leaves out.
 
     Raises:
         CheckpointError: as `empty_model`.
+        ConfigError: too many frozen layers.
     """
     with torch.device("meta"):
         model = empty_model(info, task)
+    if frozen_layers:
+        freeze_trunk(model, frozen_layers, torch.float32)
     prefix = model.base_model_prefix + "."
     tensors = {name: tuple(p.shape) for name, p in model.named_parameters()}
     layers = decoder_layers(model)
@@ -113,13 +126,19 @@ def shape_of(info: CheckpointInfo, task: Task) -> BackboneShape:
         tensors=tensors,
         head=frozenset(name for name in tensors if not name.startswith(prefix)),
         linear=frozenset(linear),
+        trained=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         prefix=prefix,
         layers=len(layers),
-        hidden=int(info.config.get_text_config().hidden_size),
+        hidden=hidden_size(info),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         period=_period(layers, info.config),
     )
+
+
+def hidden_size(info: CheckpointInfo) -> int:
+    """Features of the last hidden states."""
+    return int(info.config.get_text_config().hidden_size)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

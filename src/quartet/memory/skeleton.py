@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 
 from quartet.config import LoraConfig
 from quartet.memory.choices import Choices, torch_dtype
-from quartet.memory.shapes import decoder_layers, empty_model
+from quartet.memory.quantized import quantize
+from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
 from quartet.memory.trace import LayerLabels, MemoryTrace, vocabulary_of
 from quartet.models import adapters
+from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.heads import LogitHead, ScalarHead
-from quartet.models.loading import _finish, _views
-from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
+from quartet.models.loading import _finish, _upper, _views
+from quartet.models.plan import AdapterSpec, SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
 
@@ -35,7 +37,9 @@ class PlannedSequences(Sequences):
     def of(rows: int, length: int, response: int) -> PlannedSequences:
         """Fake sequences, to be made under a fake mode."""
         counts = torch.empty(rows, dtype=torch.int64)
-        return PlannedSequences(torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response=response)
+        return PlannedSequences(
+            torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response=response
+        )
 
     def positions_before(self, mask: Tensor) -> Tensor:
         """One place for each place of the mask, as if all were True."""
@@ -71,18 +75,24 @@ def fake_roles(
     """The roles as `load_roles` would make them, with `depth` layers, on fake tensors of a `fake_mode()`."""
     dtype = torch_dtype(choices.dtype)
     by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
-    backbones = {}
-    hidden = int(reward.config.get_text_config().hidden_size)
+    backbones: dict[str, Backbone] = {}
     for spec in plan.backbones:
+        if spec.top_of is not None:
+            backbones[spec.name] = _upper(spec, backbones[spec.top_of])
+            continue
         info = sft if spec.task == "language_model" else reward
         with torch.device("meta"):
             model = empty_model(info, spec.task, depth=depth, dtype=torch.float32 if spec.trainable else dtype)
+            if choices.quantization is not None and not spec.trainable:
+                quantize(model, choices.quantization)
             for adapter in spec.adapters:
                 adapters.attach_fresh(model, adapter.name, _lora(adapter, choices, by_source[adapter.name]), seed=0)
         _to_fake(model, mode)
         backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
+    on_policy = plan.view("value").backbone == plan.view("policy").backbone
     with mode:
-        score, value = ScalarHead(torch.empty(hidden), "score.weight"), ScalarHead(torch.empty(hidden), "score.weight")
+        score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")
+        value = ScalarHead(torch.empty(hidden_size(sft if on_policy else reward)), "score.weight")
     score.requires_grad_(False)
     return _views(plan, backbones, score, value)
 
@@ -138,7 +148,7 @@ def traced(roles: Roles) -> Iterator[MemoryTrace]:
     trace = MemoryTrace(tensors_of(roles), vocabulary=vocabulary)
     labels = LayerLabels(trace)
     for name, backbone in roles.backbones.items():
-        labels.watch(decoder_layers(backbone.model), _namer(roles, name))
+        labels.watch(decoder_layers(backbone.model), _namer(roles, name), frozen=backbone.spec.frozen_layers)
     views: list[Any] = [roles.policy, roles.reference]
     heads = [view.head for view in views]
     for view, role in zip(views, ("policy", "reference"), strict=True):
@@ -160,8 +170,3 @@ def _namer(roles: Roles, backbone: str) -> Any:
             by_adapter.setdefault(view.adapter, view.role)
     switch = roles.backbones[backbone].adapters
     return lambda: by_adapter.get(switch.active, backbone)
-
-
-def trained_specs(plan: SharingPlan) -> list[BackboneSpec]:
-    """Backbones whose own weights are trained."""
-    return [spec for spec in plan.backbones if spec.trainable]

@@ -102,11 +102,13 @@ class LayerLabels:
     trace: MemoryTrace
     handles: list[Any] = field(default_factory=list)
 
-    def watch(self, layers: nn.ModuleList, name: Any) -> None:
-        """Label the layers of one transformer; `name()` says which role runs."""
+    def watch(self, layers: nn.ModuleList, name: Any, *, frozen: int = 0) -> None:
+        """Label the layers of one transformer; `name()` says which role runs, the first `frozen` layers are a trunk."""
         last = len(layers) - 1
         for index, layer in enumerate(layers):
-            place = "first layer" if index == 0 else "last layer" if index == last else "middle layer"
+            place = "first layer" if index == frozen else "last layer" if index == last else "middle layer"
+            if index < frozen:
+                place = "frozen layers"
             self.handles.append(layer.register_forward_pre_hook(self._forward(name, place)))
             self.handles.append(layer.register_forward_hook(self._backward(name, place)))
 

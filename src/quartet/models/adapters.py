@@ -60,7 +60,7 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": targets}
-    config = PeftLoraConfig(**options, lora_dropout=0.0, bias="none")
+    config = PeftLoraConfig(**options, lora_dropout=lora.dropout, bias="none")
     try:
         _inject(model, name, config, seed)
     except ValueError as error:

@@ -108,7 +108,10 @@ def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -
                 f"set base_model_name_or_path in its {ADAPTER_CONFIG}"
             )
     config = _model_config(base, key, trust_remote_code, adapter)
-    return CheckpointInfo(kind, name, base, adapter, config, trust_remote_code)
+    info = CheckpointInfo(kind, name, base, adapter, config, trust_remote_code)
+    assert isinstance(info.tensors, dict)  # reads the headers, so that damaged or pickled weights end here
+    assert isinstance(info.adapter_tensors, dict)
+    return info
 
 
 def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
@@ -167,16 +170,24 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
                 header = None
         if not isinstance(header, dict):
             raise CheckpointError(f"{file} is not a safetensors file (its header is damaged); fetch or save it again")
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        try:
+            entries = {name: _entry(entry, file) for name, entry in header.items() if name != "__metadata__"}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} is not a safetensors file (its header lacks {error}); fetch or save it again"
+            ) from error
+        end = max((entry.offsets[1] for entry in entries.values()), default=0)
         if size != 8 + length + end:
             raise CheckpointError(
                 f"{file} is {size} bytes where its header says {8 + length + end}; it is truncated, fetch or save it again"
             )
-        for name, entry in entries.items():
-            begin, stop = entry["data_offsets"]
-            found[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), file, (begin, stop))
+        found |= entries
     return found
+
+
+def _entry(entry: dict[str, Any], file: Path) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(str(entry["dtype"]), tuple(map(int, entry["shape"])), file, (int(begin), int(end)))
 
 
 def read_tensor(info: TensorInfo, name: str) -> Tensor:

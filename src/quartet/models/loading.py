@@ -19,6 +19,7 @@ from quartet.models import adapters
 from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
 from quartet.models.branch import copy_top, freeze_trunk
+from quartet.models.cache import mappable
 from quartet.models.checkpoint_info import CheckpointInfo, same_base
 from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
@@ -122,10 +123,12 @@ def _load_weights(
         options["quantization_config"] = quantization_config(quantization, dtype)
         if device.type == "cuda":
             options["device_map"] = {"": device}  # bitsandbytes quantizes on the way to the GPU
+    mapped = device.type == "cpu" and quantization is None and not spec.trainable
+    place = mappable(info, dtype) if mapped else spec.checkpoint
     try:
         with _quiet():
             model, report = loader.from_pretrained(
-                spec.checkpoint,
+                place,
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,

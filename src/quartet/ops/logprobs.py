@@ -7,13 +7,14 @@ the memory of one chunk for the next, and leaves nothing of that size for the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from quartet.ops.chunk_softmax import Workspace, softmax_of_chunk, to_entropy_slope, to_logprob_slope
 
 Head = Callable[[Tensor], Tensor]
 
@@ -61,10 +62,10 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` and `entropy` of `head(hidden)`, never holding the logits of more than one chunk.
 
-    How gradients come about depends on what needs them. Nothing: a plain loop. Only `hidden` (a frozen head): each row's
-    result depends on that row of `hidden` alone, so the forward pass takes its derivative at once and keeps that,
-    `[N, H]`, instead of logits; two matrix products of the head in all, one more with `entropy_grad`. A trainable head:
-    each chunk is recomputed in the backward pass, four matrix products in all.
+    How gradients come about depends on what needs them. Nothing: a plain loop. Only `hidden` (a frozen head): the
+    result of a row depends on that row of `hidden` alone, so the forward pass takes its derivative at once and keeps
+    that, `[N, H]`, instead of logits; two matrix products of the head in all, one more with `entropy_grad`. A trainable
+    head: each chunk is recomputed in the backward pass, four matrix products in all.
 
     Args:
         hidden: `[N, H]`, last hidden states; float.
@@ -100,76 +101,6 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
 
-class _Workspace:
-    """Two `[chunk, V]` tensors that every chunk uses again.
-
-    Fresh memory of this size comes from the system page by page, which takes longer than the arithmetic on it.
-    """
-
-    def __init__(self) -> None:
-        self._pair: tuple[Tensor, Tensor] | None = None
-
-    def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the shape of `logits`, float32 at least, holding anything."""
-        if self._pair is None or len(self._pair[0]) < len(logits):
-            first = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-            self._pair = first, torch.empty_like(first)
-        return self._pair[0][: len(logits)], self._pair[1][: len(logits)]
-
-    def clear(self) -> None:
-        """Give the memory back; the next use asks for it again."""
-        self._pair = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Softmax:
-    """One chunk's softmax; the two large tensors lie in the workspace."""
-
-    logprobs: Tensor
-    """`[n]`: of the chosen tokens."""
-    entropies: Tensor
-    """`[n]`, or `[0]` where not asked for."""
-    probabilities: Tensor
-    """`[n, V]`."""
-    weighted: Tensor
-    """`[n, V]`: probabilities times the shifted logits; anything where the entropy was not asked for."""
-
-
-@torch.no_grad()
-def _softmax(logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: _Workspace) -> _Softmax:
-    """Softmax of one chunk with a single pass of exponentials.
-
-    The largest logit, shifted to 0, has probability `1 / Z`: so `log Z` is read off the probabilities.
-    """
-    shifted, probabilities = workspace.of(logits)
-    top = logits.amax(-1, keepdim=True).to(shifted.dtype)
-    torch.sub(logits, top, out=shifted)
-    if temperature != 1.0:
-        shifted.div_(temperature)
-    torch.softmax(shifted, -1, out=probabilities)
-    log_normaliser = -probabilities.amax(-1).log()
-    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - log_normaliser
-    if not with_entropy:
-        return _Softmax(logprobs, logprobs.new_empty(0), probabilities, shifted)
-    # A logit of -inf has probability 0, and 0 times -inf would be NaN.
-    weighted = shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(probabilities)
-    return _Softmax(logprobs, log_normaliser - weighted.sum(-1), probabilities, weighted)
-
-
-def _to_logprob_slope(probabilities: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
-    """`scale * d logprob / d (logits / temperature) = scale * (one-hot - p)`, written over the probabilities."""
-    return probabilities.mul_(-scale[:, None]).scatter_add_(1, tokens[:, None], scale[:, None])
-
-
-def _to_entropy_slope(weighted: Tensor, probabilities: Tensor, scale: Tensor) -> Tensor:
-    """`scale * d entropy / d (logits / temperature)`, written over `weighted`.
-
-    That is `-p * (log p + entropy)`; with w = p * (shifted logit), `-(w - p * sum(w))`.
-    """
-    total = weighted.sum(-1, keepdim=True)
-    return weighted.addcmul_(probabilities, total, value=-1.0).mul_(-scale[:, None])
-
-
 def _chunks(hidden: Tensor, tokens: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     for start in range(0, len(tokens), chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, len(tokens)))
@@ -187,9 +118,9 @@ def _without_gradient(
     hidden: Tensor, head: Head, tokens: Tensor, temperature: float, chunk_tokens: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     logprobs, entropies = _results(hidden, with_entropy)
-    workspace = _Workspace()
+    workspace = Workspace()
     for rows, states, chosen in _chunks(hidden, tokens, chunk_tokens):
-        softmax = _softmax(head(states), chosen, temperature, with_entropy, workspace)
+        softmax = softmax_of_chunk(head(states), chosen, temperature, with_entropy, workspace)
         logprobs[rows], entropies[rows] = softmax.logprobs, softmax.entropies
     return logprobs, entropies
 
@@ -211,7 +142,7 @@ class _FrozenHead(torch.autograd.Function):
         logprobs, entropies = _results(hidden, with_entropy)
         by_logprob = torch.empty_like(hidden)
         by_entropy = torch.empty_like(hidden) if entropy_grad else hidden.new_empty(0)
-        workspace = _Workspace()
+        workspace = Workspace()
         for rows, states, chosen in _chunks(hidden, tokens, chunk_tokens):
             states = states.detach().requires_grad_()
             with torch.enable_grad():
@@ -219,13 +150,13 @@ class _FrozenHead(torch.autograd.Function):
             assert rows.start > 0 or not _reaches_another_leaf(logits, states), (
                 "the head has parameters that need gradients: head_trainable must be True"
             )
-            softmax = _softmax(logits.detach(), chosen, temperature, with_entropy, workspace)
+            softmax = softmax_of_chunk(logits.detach(), chosen, temperature, with_entropy, workspace)
             logprobs[rows], entropies[rows] = softmax.logprobs, softmax.entropies
             scale = torch.full_like(softmax.logprobs, 1.0 / temperature)
             if entropy_grad:
-                slope = _to_entropy_slope(softmax.weighted, softmax.probabilities, scale).to(logits.dtype)
+                slope = to_entropy_slope(softmax.weighted, softmax.probabilities, scale).to(logits.dtype)
                 (by_entropy[rows],) = torch.autograd.grad(logits, states, slope, retain_graph=True)
-            slope = _to_logprob_slope(softmax.probabilities, chosen, scale).to(logits.dtype)
+            slope = to_logprob_slope(softmax.probabilities, chosen, scale).to(logits.dtype)
             (by_logprob[rows],) = torch.autograd.grad(logits, states, slope)
         ctx.save_for_backward(by_logprob, by_entropy)
         ctx.set_materialize_grads(False)
@@ -262,7 +193,7 @@ def _recomputing(
     hidden: Tensor, head: Head, tokens: Tensor, temperature: float, chunk_tokens: int, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     apply: Callable[..., tuple[Tensor, Tensor]] = _SoftmaxAt.apply
-    workspace = _Workspace()
+    workspace = Workspace()
 
     def of_chunk(states: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         return apply(head(states), chosen, temperature, with_entropy, workspace)
@@ -286,9 +217,9 @@ class _SoftmaxAt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: _Workspace
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, workspace: Workspace
     ) -> tuple[Tensor, Tensor]:
-        softmax = _softmax(logits, tokens, temperature, with_entropy, workspace)
+        softmax = softmax_of_chunk(logits, tokens, temperature, with_entropy, workspace)
         ctx.save_for_backward(softmax.probabilities, softmax.weighted, tokens)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.set_materialize_grads(False)
@@ -301,8 +232,8 @@ class _SoftmaxAt(torch.autograd.Function):
         # In this order: the slope of the log-probability is written over the probabilities.
         slope = None
         if grad_entropies is not None and len(grad_entropies):
-            slope = _to_entropy_slope(weighted, probabilities, grad_entropies / ctx.temperature)
+            slope = to_entropy_slope(weighted, probabilities, grad_entropies / ctx.temperature)
         if grad_logprobs is not None:
-            part = _to_logprob_slope(probabilities, tokens, grad_logprobs / ctx.temperature)
+            part = to_logprob_slope(probabilities, tokens, grad_logprobs / ctx.temperature)
             slope = part if slope is None else slope.add_(part)
         return (None if slope is None else slope.to(ctx.dtype)), None, None, None, None

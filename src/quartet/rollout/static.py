@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
+from quartet.rollout.linears import fast_linears
 from quartet.rollout.sampling import episode_uniforms, sample
 from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
 
@@ -151,7 +152,8 @@ class StaticEngine:
             logprobs=torch.zeros(shape, device=device),
             uniforms=uniforms,
         )
-        with _generating(self._policy):
+        backbone, adapter = self._policy.backbone, self._policy.adapter
+        with _generating(self._policy), fast_linears(backbone.model, backbone.dtype, adapter):
             self._decode(prompts, out)
         if settings.stop_id is None:
             stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,11 +61,11 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.replace(final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are intact, "
-            "free some space and resume"
+            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints "
+            "are intact, free some space and resume"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -105,14 +106,14 @@ def verify(folder: Path) -> None:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / MANIFEST} is missing or damaged; resume from an earlier checkpoint"
         ) from error
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = folder / Path(name).name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
             raise CheckpointError(f"{path} is missing, truncated or altered; resume from an earlier checkpoint")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,23 @@ def append_samples(path: Path, samples: list[Sample]) -> None:
         for sample in samples:
             entry = {name: getattr(sample, name) for name in Sample.__slots__}
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def keep_samples(path: Path, *, through: int) -> None:
+    """For resuming: drop the samples of iterations that are about to be computed again, and a line torn by a crash."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _iteration(line) <= through]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)
+
+
+def _iteration(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
 
 
-def load_everything(config: Config, inputs: Inputs) -> Loaded:
+def load_everything(config: Config, inputs: Inputs, say: Say) -> Loaded:
     """Load the plan's models and build what works with them."""
     engine = start_engine()
     roles = load_roles(config.models, inputs.plan, inputs.sft, inputs.reward, seed=config.run.seed)
@@ -114,7 +114,7 @@ def load_everything(config: Config, inputs: Inputs) -> Loaded:
         return text
 
     optimizer = make_optimizer(roles, config.ppo)
-    return Loaded(roles, engine, optimizer, make_engine(rollout.engine, roles.policy, settings), decode)
+    return Loaded(roles, engine, optimizer, make_engine(rollout.engine, roles.policy, settings, say), decode)
 
 
 def _refuse_small_embedding(sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:

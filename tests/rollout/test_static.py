@@ -1,0 +1,311 @@
+"""The static engine against transformers' own generation, the dynamic engine and a plain forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from quartet.config import LoraConfig
+from quartet.errors import ConfigError
+from quartet.models import adapters
+from quartet.models.backbone import Backbone
+from quartet.models.heads import LogitHead
+from quartet.models.plan import AdapterSpec, BackboneSpec
+from quartet.models.roles import LanguageView
+from quartet.records import Prompts, Rollout, Sequences
+from quartet.rollout import SamplingSettings
+from quartet.rollout.choose import make_engine
+from quartet.rollout.dynamic import DynamicEngine
+from quartet.rollout.static import PREFILL_TOKENS, StaticEngine, like_length
+from quartet.rollout.static_cache import Pattern, RowCache, decode_masks
+
+VOCABULARY = 67
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+WINDOWS = ["sliding_attention", "full_attention"]
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen2-window": lambda: Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, layer_types=WINDOWS),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "mistral-window": lambda: MistralConfig(**GROUPED, sliding_window=5),
+    "gpt2": lambda: GPT2Config(**SIZES, n_inner=48),
+    "gpt-neox": lambda: GPTNeoXConfig(**SIZES),
+    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=4, layer_types=WINDOWS),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=6, layer_types=WINDOWS),
+}
+LENGTHS = (3, 9, 5, 1, 7, 9, 2)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_policy(config: Any, *, lora: bool = False, dtype: torch.dtype = torch.float32) -> LanguageView:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    specs: tuple[AdapterSpec, ...] = ()
+    if lora:
+        adapters.attach_fresh(model, "policy", LoraConfig(r=4, alpha=8), seed=0)
+        specs = (AdapterSpec("policy", True, None),)
+        for _, parameter in adapters.adapter_parameters(model, "policy"):
+            torch.nn.init.normal_(parameter, std=0.2)  # B starts at zero, where an adapter left out would not show
+    spec = BackboneSpec("sft", "none", "language_model", trainable=False, adapters=specs)
+    backbone = Backbone(spec, model, dtype=dtype)
+    return LanguageView(backbone, "policy" if lora else None, LogitHead(model))
+
+
+def make_prompts(lengths: tuple[int, ...] = LENGTHS) -> Prompts:
+    generator = torch.Generator().manual_seed(11)
+    tokens = tuple(torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths)
+    return Prompts(tuple(range(100, 100 + len(lengths))), ("",) * len(lengths), tokens)
+
+
+def settings(**changes: Any) -> SamplingSettings:
+    start = SamplingSettings(
+        response_length=12, temperature=0.8, top_p=1.0, stop_id=None, pad_id=0, batch_rows=3, seed=5
+    )
+    return replace(start, **changes)
+
+
+def with_stops(policy: LanguageView, *, greedy: bool) -> SamplingSettings:
+    """Settings whose stop token ends some responses early, at different steps, and not others."""
+    tokens = DynamicEngine(policy, settings()).generate(make_prompts(), greedy=greedy).tokens
+    for candidate in tokens.unique().tolist():
+        hits = tokens == candidate
+        firsts = {int(row.int().argmax()) for row in hits if row.any()}
+        if 2 <= hits.any(-1).sum() < len(tokens) and len(firsts) > 1:
+            return settings(stop_id=candidate)
+    raise AssertionError("no token ends some responses and not others")
+
+
+def full_logprobs(policy: LanguageView, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probabilities of the sampled tokens by one plain forward pass over prompt and response."""
+    prompts, lengths = rollout.prompts.tokens, rollout.response_mask.sum(-1)
+    rows = [torch.cat([p, r[:n]]) for p, r, n in zip(prompts, rollout.tokens, lengths, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    sequences = Sequences(ids, torch.tensor([len(p) for p in prompts]), lengths)
+    with torch.no_grad():
+        logprobs, _ = policy(sequences, rollout.response_mask, temperature=temperature)
+    return logprobs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(family: str) -> None:
+    policy = make_policy(FAMILIES[family]())
+    prompts = make_prompts()
+    rollout = StaticEngine(policy, settings()).generate(prompts, greedy=True)
+    for row, tokens in enumerate(prompts.tokens):
+        alone = policy.backbone.model.generate(
+            tokens[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert rollout.tokens[row].tolist() == alone[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refilled_rows_with_early_stops_equal_the_dynamic_engine(family: str, greedy: bool) -> None:
+    policy = make_policy(FAMILIES[family]())
+    chosen = with_stops(policy, greedy=greedy)
+    expected = DynamicEngine(policy, chosen).generate(make_prompts(), greedy=greedy)
+    found = StaticEngine(policy, chosen).generate(make_prompts(), greedy=greedy)
+    assert 0 < expected.stopped.sum() < len(LENGTHS)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.response_mask, expected.response_mask)
+    assert torch.equal(found.stopped, expected.stopped)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_as_sampled_are_those_of_a_full_forward(family: str) -> None:
+    policy = make_policy(FAMILIES[family]())
+    rollout = StaticEngine(policy, with_stops(policy, greedy=False)).generate(make_prompts())
+    torch.testing.assert_close(rollout.logprobs, full_logprobs(policy, rollout, 0.8), atol=1e-4, rtol=0)
+
+
+def test_the_policy_adapter_is_on_while_decoding_and_the_state_before_comes_back() -> None:
+    policy = make_policy(FAMILIES["llama"](), lora=True)
+    rollout = StaticEngine(policy, settings()).generate(make_prompts())
+    assert policy.backbone.adapters.active is None
+    torch.testing.assert_close(rollout.logprobs, full_logprobs(policy, rollout, 0.8), atol=1e-4, rtol=0)
+    bare = LanguageView(policy.backbone, None, policy.head)
+    assert (rollout.logprobs - full_logprobs(bare, rollout, 0.8)).abs().max() > 0.1
+
+
+def test_bfloat16_stays_near_a_full_forward() -> None:
+    config = FAMILIES["qwen3"]()
+    config.initializer_range = 0.1
+    policy = make_policy(config, lora=True, dtype=torch.bfloat16)
+    rollout = StaticEngine(policy, settings()).generate(make_prompts())
+    assert (rollout.logprobs - full_logprobs(policy, rollout, 0.8)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 8])
+def test_batching_does_not_change_what_is_sampled(batch_rows: int) -> None:
+    policy = make_policy(FAMILIES["qwen3"]())
+    chosen = replace(with_stops(policy, greedy=False), top_p=0.9)
+    one = StaticEngine(policy, replace(chosen, batch_rows=2)).generate(make_prompts())
+    other = StaticEngine(policy, replace(chosen, batch_rows=batch_rows)).generate(make_prompts())
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.response_mask, other.response_mask)
+
+
+def test_rows_that_stop_are_refilled() -> None:
+    """Seven responses of lengths 12, 1, ...: three rows at once need far fewer steps than groups of three in turn."""
+    policy = make_policy(FAMILIES["llama"]())
+    free = StaticEngine(policy, settings()).generate(make_prompts())
+    stop = int(free.tokens[1, 0])
+    chosen = settings(stop_id=stop)
+    rollout = StaticEngine(policy, chosen).generate(make_prompts())
+    lengths = rollout.response_mask.sum(-1)
+    assert lengths[1] == 1
+    work = int((lengths - 1).sum())
+    assert -(-work // 3) <= rollout.decode_steps <= work // 3 + 12
+    assert StaticEngine(policy, replace(chosen, batch_rows=7)).generate(make_prompts()).decode_steps == lengths.max() - 1
+
+
+def test_weights_and_training_state_are_untouched() -> None:
+    policy = make_policy(FAMILIES["llama"](), lora=True)
+    model = policy.backbone.model
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    needs = [p.requires_grad for p in model.parameters()]
+    forwards = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    StaticEngine(policy, settings()).generate(make_prompts())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert needs == [p.requires_grad for p in model.parameters()]
+    assert all(module.training for module in model.modules())
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == forwards
+
+
+def test_gradient_checkpointing_does_not_take_the_cache_away() -> None:
+    plain, policy = (make_policy(FAMILIES["llama"](), lora=True) for _ in range(2))
+    policy.backbone.enable_checkpointing()
+    found = StaticEngine(policy, settings()).generate(make_prompts(), greedy=True)
+    assert torch.equal(found.tokens, StaticEngine(plain, settings()).generate(make_prompts(), greedy=True).tokens)
+
+
+NOT_DRIVABLE = {
+    "no position_ids": (
+        lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "takes no position_ids",
+    ),
+    "windows of its own": (
+        lambda: GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            window_size=4,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64,
+        ),
+        "window_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DRIVABLE)
+def test_auto_falls_back_with_a_notice_and_static_refuses(case: str) -> None:
+    config, reason = NOT_DRIVABLE[case]
+    policy = make_policy(config())
+    said: list[str] = []
+    engine = make_engine("auto", policy, settings(), said.append)
+    assert isinstance(engine, DynamicEngine)
+    (notice,) = said
+    assert reason in notice
+    assert "\n" not in notice
+    with pytest.raises(ConfigError, match=r"rollout\.engine=static .*" + reason):
+        make_engine("static", policy, settings(), said.append)
+    assert engine.generate(make_prompts(), greedy=True).response_mask.all()
+
+
+def test_a_model_that_loses_the_cache_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    transformer = policy.backbone.transformer
+    forward = type(transformer).forward
+
+    def without_cache(self: Any, position_ids: Any = None, past_key_values: Any = None, **arguments: Any) -> Any:
+        arguments.pop("attention_mask", None)
+        return forward(self, position_ids=position_ids, **arguments | {"use_cache": False})
+
+    monkeypatch.setattr(type(transformer), "forward", without_cache)
+    said: list[str] = []
+    assert isinstance(make_engine("auto", policy, settings(), said.append), DynamicEngine)
+    assert len(said) == 1
+    assert "changes its hidden states" in said[0]
+
+
+def test_auto_takes_the_static_engine_without_a_word_and_dynamic_can_be_asked_for() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    said: list[str] = []
+    assert isinstance(make_engine("auto", policy, settings(), said.append), StaticEngine)
+    assert isinstance(make_engine("static", policy, settings(), said.append), StaticEngine)
+    assert isinstance(make_engine("dynamic", policy, settings(), said.append), DynamicEngine)
+    assert said == []
+
+
+def test_prefill_groups_hold_prompts_of_like_length() -> None:
+    assert like_length([]) == []
+    assert like_length([10, 10, 10]) == [3]
+    assert like_length([40, 40, 4, 4, 4]) == [2, 3]
+    assert like_length([100, 60, 50]) == [2, 1]  # 160 of 200 places are prompt, 210 of 300 would be too few
+    assert like_length([PREFILL_TOKENS + 1, PREFILL_TOKENS, 8]) == [1, 1, 1]
+
+
+def test_masks_of_one_step() -> None:
+    full, window = Pattern("full_attention", None), Pattern("sliding_attention", 2)
+    low = torch.finfo(torch.float32).min
+    masks = decode_masks([full, window, full], torch.tensor([0, 3]), 5, torch.float32)
+    assert isinstance(masks, dict)
+    assert masks["full_attention"][:, 0, 0].tolist() == [[0, low, low, low, low], [0, 0, 0, 0, low]]
+    assert masks["sliding_attention"][:, 0, 0].tolist() == [[0, low, low, low, low], [low, low, 0, 0, low]]
+    only = decode_masks([full], torch.tensor([1]), 2, torch.float32)
+    assert isinstance(only, Tensor)
+    assert only.shape == (1, 1, 1, 2)
+
+
+def test_cache_rows_are_written_at_their_own_positions() -> None:
+    cache = RowCache([Pattern("full_attention", None)], rows=3, columns=4, dtype=torch.float32)
+    cache.prefill(1)
+    prompt = torch.arange(1.0, 5.0).reshape(2, 1, 2, 1)
+    given = cache.update(prompt, -prompt, 0)
+    assert given[0] is prompt
+    cache.decode(torch.tensor([0, 1, 2]), 3)
+    new = torch.tensor([7.0, 8.0, 9.0]).reshape(3, 1, 1, 1)
+    keys, values = cache.update(new, -new, 0)
+    assert keys[:, 0, :, 0].tolist() == [[7, 0, 0], [1, 8, 0], [3, 4, 9]]
+    assert torch.equal(values, -keys)
+    cache.move(torch.tensor([2]), torch.tensor([0]), 3)
+    assert keys[0].flatten().tolist() == [3, 4, 9]
