@@ -188,9 +188,7 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         with probe.phase("rollout"):
             rollout = generator.generate(prompts)
         with probe.phase("scoring"):
-            scored = score_rollout(
-                rollout, roles, temperature=1.0, placement="stop", rows=config.rollout.batch_rows
-            )
+            scored = score_rollout(rollout, roles, temperature=1.0, placement="stop", rows=config.rollout.batch_rows)
         batch = compute_advantages(scored, config.ppo, kl_coef=0.05)
         with probe.phase("update"):
             updater.update(batch, iteration=iteration)
@@ -253,7 +251,18 @@ def in_process(task: str, root: Path, spec: dict[str, Any], default_malloc: bool
     environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, "-W", "ignore", __file__, "--task", task, "--root", str(root), "--spec", json.dumps(spec)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--task",
+        task,
+        "--root",
+        str(root),
+        "--spec",
+        json.dumps(spec),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
@@ -273,7 +282,9 @@ def main() -> None:
     parser.add_argument("--spec", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        result = measure(options.root, options.spec) if options.task == "measure" else predict(options.root, options.spec)
+        result = (
+            measure(options.root, options.spec) if options.task == "measure" else predict(options.root, options.spec)
+        )
         print(json.dumps(result))
         return
     table(options)

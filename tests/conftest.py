@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Tree = dict[str, Any]
-TinyRun = Callable[..., Tree]
+from tiny import TinyRun, Tree, changed
 
 
 def pytest_configure() -> None:
@@ -61,15 +59,3 @@ def tiny_run(library: Any, tmp_path: Path) -> TinyRun:
         return changed(tree, changes)
 
     return make
-
-
-def changed(tree: Tree, changes: Tree) -> Tree:
-    """A copy with values set by dotted key."""
-    tree = copy.deepcopy(tree)
-    for key, value in changes.items():
-        *sections, last = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return tree

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from checkpoints import EOS, PAD, plain_model
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of
 from quartet.run.export import export
+from tiny import TinyRun
 
 IDS = torch.tensor([[5, 9, 30, 40, 41, 42], [64, 65, 66, 67, 68, 69]])
 LORA = {"models.lora": {"r": 5, "alpha": 20.0}}

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import write_model
 from pipeline import Pipeline
-
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimate, Estimator
 
@@ -127,12 +127,15 @@ def test_layers_that_alternate_are_counted(tmp_path: Any, tiny_run: Any) -> None
         assert backbone.weights + backbone.adapters == distinct_bytes([*model.parameters(), *model.buffers()])
 
 
-@pytest.mark.parametrize(("engine", "weights", "gradients", "optimizer"), [
-    ("ddp", 1, 1, 1),
-    ("zero2", 1, 4, 4),
-    ("zero3", 4, 4, 4),
-    ("fsdp2", 4, 4, 4),
-])
+@pytest.mark.parametrize(
+    ("engine", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", 1, 1, 1),
+        ("zero2", 1, 4, 4),
+        ("zero3", 4, 4, 4),
+        ("fsdp2", 4, 4, 4),
+    ],
+)
 def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimizer: int) -> None:
     pipeline = Pipeline(tiny_run("llama"))
     device = torch.device("cpu")

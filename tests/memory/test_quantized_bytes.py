@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from checkpoints import write_model
 from pipeline import Pipeline
-
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.quantized import quantized_bytes

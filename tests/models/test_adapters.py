@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from checkpoints import plain_model, write_adapter
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of, sequences
 from quartet.errors import QuartetError
+from tiny import TinyRun
 
 IDS = torch.tensor([[5, 9, 30, 40, 41], [64, 65, 66, 67, 68]])
 
@@ -236,8 +236,9 @@ def test_gradient_checkpointing_recomputes(plan: str, tiny_run: TinyRun, monkeyp
     assert len(runs) == 6
 
 
-def test_rollout_under_gradient_checkpointing_uses_its_cache(tiny_run: TinyRun) -> None:
+@pytest.mark.parametrize("engine", ["dynamic", "auto"])
+def test_rollout_under_gradient_checkpointing_uses_its_cache(engine: str, tiny_run: TinyRun) -> None:
     """transformers drops the cache of a model in training mode that recomputes: the rollout must not be in it."""
-    changes = {"models.lora": {"r": 5}, "models.gradient_checkpointing": True}
+    changes = {"models.lora": {"r": 5}, "models.gradient_checkpointing": True, "rollout.engine": engine}
     _, stats = Pipeline(tiny_run("llama", **changes, **{"ppo.epochs": 1, "ppo.minibatches": 1})).iterate()
     assert stats.metrics["ratio/max_log"] < 1e-5

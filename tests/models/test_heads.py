@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import FAMILIES, edit_json, plain_model, write_model
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of, sequences
 from quartet.errors import CheckpointError
+from tiny import TinyRun
 
 PROMPTS = [[5, 9, 30], [7], [64, 65]]
 RESPONSES = [[40, 41, 42, 43], [50, 51], [60, 61, 257]]

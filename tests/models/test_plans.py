@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from checkpoints import FAMILIES, plain_model
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of, sequences
 from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.run.setup import read_inputs
+from tiny import TinyRun
 
 LORA = {"r": 5, "alpha": 20.0}
 PLANS: dict[str, dict[str, Any]] = {

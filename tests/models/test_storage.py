@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from checkpoints import HIDDEN, LAYERS, MLP, VOCABULARY
-from conftest import TinyRun
 from pipeline import Pipeline
 from quartet.models.loading import count_bytes
+from tiny import TinyRun
 
 RANK = 5
 LORA = {"models.lora": {"r": RANK}}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from checkpoints import EOS, FAMILIES, edit_json
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of, sequences
+from tiny import TinyRun
 
 PROMPTS = [[5, 9, 30, 31, 32], [7], [64, 65]]
 RESPONSES = [[40, 41, 42, 43], [50, 51], [60, 61, 257]]

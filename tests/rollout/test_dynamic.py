@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from checkpoints import EOS, FAMILIES, PAD, STOP, plain_model
-from conftest import TinyRun
 from pipeline import Pipeline
 from quartet.config import PPOConfig
 from quartet.models.roles import LanguageView
@@ -17,6 +16,7 @@ from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.engine import SamplingSettings
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.batching import SequenceTable
+from tiny import TinyRun
 
 LENGTHS = (3, 1, 7, 12, 7)
 """Of the prompts; with windows of 4 tokens some are shorter and some longer than Gemma2's."""

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from checkpoints import EOS, plain_model
-from conftest import TinyRun
 from pipeline import Pipeline, rollout_of
 from quartet.config import PPOConfig
 from quartet.errors import TrainingError
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.batching import SequenceTable, microbatches
 from quartet.stages.scoring import score_rollout
+from tiny import TinyRun
 
 PROMPTS = [[5, 9, 30], [7], [64, 65, 66, 67, 68], [1, 2]]
 RESPONSES = [[40, 41, EOS], [50, 51, 52, 53], [EOS], [60, 61, 62, 63]]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from checkpoints import VOCABULARY
-from conftest import TinyRun
 from pipeline import Pipeline, hidden_of, rollout_of
 from quartet.errors import TrainingError
 from quartet.records import Advantaged
 from quartet.stages.batching import SequenceTable
 from quartet.stages.optimizer import schedule_factor, set_learning_rate
+from tiny import TinyRun
 
 SINGLE: dict[str, Any] = {"reward": "reward-lora", "models.lora": {"r": 5}, "models.sharing": "single"}
 LENGTHS = [(3, 6), (1, 2), (9, 1), (4, 5), (2, 6), (7, 3), (5, 4), (3, 1)]

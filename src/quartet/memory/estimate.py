@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -115,6 +115,17 @@ class Ledger:
     """Value and score head."""
     load: PhaseBytes
 
+    @property
+    def weights(self) -> float:
+        """Backbones, adapters and heads once training has written to what it trains."""
+        return sum(b.weights - b.mapped + b.adapters for b in self.backbones) + self.heads
+
+    def fixed(self, name: str) -> PhaseBytes:
+        """A phase that holds nothing of its own: what every phase needs at least."""
+        optimizer = sum(role.optimizer for role in self.roles)
+        gradients = sum(role.gradients for role in self.roles)
+        return PhaseBytes(name, self.weights, optimizer, gradients, 0, 0, 0, 0, 0, "weights")
+
 
 @dataclass(frozen=True, slots=True)
 class _WeightBytes:
@@ -156,14 +167,10 @@ class Estimator:
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
         work = self._simulator.working(name, plan, choices, self._shape("language_model", 0))
-        gradients = sum(role.gradients for role in ledger.roles)
-        if name == "update":
-            gradients = work.held[GRADIENTS] / gradient_shards(choices)
-        return PhaseBytes(
-            phase=name,
-            weights=sum(b.weights - b.mapped + b.adapters for b in ledger.backbones) + ledger.heads,
-            optimizer=sum(role.optimizer for role in ledger.roles),
-            gradients=gradients,
+        fixed = ledger.fixed(name)
+        return replace(
+            fixed,
+            gradients=work.held[GRADIENTS] / gradient_shards(choices) if name == "update" else fixed.gradients,
             activations=work.held[ACTIVATIONS],
             kv_cache=work.held[CACHE],
             logits=work.held[LOGITS],

@@ -79,7 +79,7 @@ class Simulator:
         small = self._roles(plan, choices, depth, trunk)
         run: Callable[[MemoryTrace, Roles, Choices, Workload], None]
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
-        with small.mode, torch.device("cpu"), traced(small.roles) as trace:
+        with small.mode, traced(small.roles) as trace:
             run(trace, small.roles, choices, self._workload)
         for tensor in tensors_of(small.roles):
             tensor.grad = None

@@ -15,7 +15,7 @@ from quartet.models.plan import Role, SharingPlan
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 """Tokens whose logits exist at once."""
 
 

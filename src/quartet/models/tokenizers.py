@@ -85,9 +85,12 @@ def _tokenizer(info: CheckpointInfo) -> Any:
         if place is None:
             continue
         try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=info.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=info.trust_remote_code)
         except (OSError, ValueError, KeyError):
             continue
+        # Without files transformers makes up a tokenizer of the model's class that knows its special tokens alone.
+        if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+            return tokenizer
     return None
 
 

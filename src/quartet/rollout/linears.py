@@ -91,4 +91,5 @@ def _with_lora(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Ten
     """`base(x) + x down up`, the sum taken in the matrix product."""
     result: Tensor = base(states)
     low = states.flatten(0, -2).to(down.dtype) @ down
-    return torch.addmm(result.flatten(0, -2), low, up).view_as(result)
+    result.flatten(0, -2).addmm_(low, up)
+    return result

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 128
+"""Tokens whose probabilities are summed before one is looked for among them."""
+
 
 def episode_uniforms(seed: int, episodes: tuple[int, ...], length: int) -> Tensor:
     """Uniform numbers that decide each episode's tokens.
@@ -37,29 +40,47 @@ def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float)
     scaled = logits.float()
     if temperature != 1.0:
         scaled = scaled / temperature
-    normaliser = scaled.logsumexp(-1, keepdim=True)
-    if top_p < 1.0:
-        tokens = _inverse_top_p((scaled - normaliser).exp_(), uniform, top_p)
-    else:
-        tokens = _inverse((scaled - normaliser).exp_().cumsum_(-1), uniform)
-    logprobs = (scaled.gather(-1, tokens[:, None]) - normaliser).squeeze(-1)
-    return tokens, logprobs
+    probabilities = scaled.softmax(-1)  # passes over [n, vocabulary] are what sampling costs; few are made
+    tokens = _inverse_top_p(probabilities, uniform, top_p) if top_p < 1.0 else _inverse(probabilities, uniform)
+    # Over a large vocabulary softmax's own sum is off by 1e-5; this one is pairwise.
+    total = probabilities.sum(-1)
+    return tokens, (probabilities.gather(-1, tokens[:, None]).squeeze(-1) / total).log()
 
 
-def _inverse(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """First index whose cumulative probability exceeds u times the total, so that p = 0 is never drawn."""
-    target = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    # A product rounded up to the total itself would point past the last token that has a probability.
-    target = torch.minimum(target, torch.nextafter(cumulative[:, -1:], torch.zeros_like(target)))
-    # NaN compares as larger than all: without the clamp it would point past the vocabulary.
-    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)
+def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
+    """First index at which the running sum of the weights `[n, m]` exceeds u times their total.
+
+    First the block is found, from the sums of blocks, then the place in it: one pass over the weights instead of a
+    running sum over all of them, and less rounding.
+    """
+    size = weights.shape[-1]
+    whole = size // _BLOCK * _BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if whole < size:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    upto = sums.cumsum(-1)
+    target = uniform.to(upto.dtype)[:, None] * upto[:, -1:]
+    block = _first_above(upto, target)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(-1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0.0)
+    before = (upto - sums).gather(-1, block)
+    place = _first_above(inside.cumsum(-1), (target - before).clamp_(min=0.0))
+    return (block * _BLOCK + place).clamp_(max=size - 1).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """First index `[n, 1]` whose running sum exceeds the target, so that a weight of 0 is never drawn."""
+    # A target rounded up to the total itself would point past the last entry that has a weight.
+    total = cumulative[:, -1:]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    # Past the end points only a row of NaN, whose log-probability says so.
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _inverse_top_p(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
     ordered, index = probabilities.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, torch.zeros_like(ordered))
-    choice = _inverse(kept.cumsum(-1), uniform)
+    choice = _inverse(ordered.masked_fill_(before >= top_p, 0.0), uniform)
     return index.gather(-1, choice[:, None]).squeeze(-1)
 
 

@@ -1,0 +1,185 @@
+"""`quartet plan` from a YAML file to tables, JSON and exit codes."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from quartet.config import parse_config
+from quartet.errors import ConfigError
+from quartet.memory.command import (
+    add_arguments,
+    free_memory,
+    predict,
+    predicted_and_measured,
+    refuse_too_large,
+    run_plan,
+)
+from quartet.models.checkpoint_info import read_checkpoint
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 300,
+}
+SEVENTY = {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
+BASE = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 128256 * 8192 + 8192
+"""Parameters of Llama 3 70B without its LM head."""
+LORA_16 = 80 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+"""Rank 16 on the seven linear layers of every layer: r * (in + out) each."""
+
+
+def plan(tmp_path: Path, values: dict[str, Any], *arguments: str) -> int:
+    """Run the command on a YAML file of these values."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run_plan(parser.parse_args([str(tmp_path / "run.yaml"), *arguments]))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor is an error."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("quartet.models.checkpoint_info.safe_open", refuse)
+    monkeypatch.setattr("quartet.models.checkpoint_info._digest", refuse)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_seventy_billion_parameters_from_headers(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    values = hollow(SEVENTY, **{"models.lora": {"r": 16}, "models.dtype": "bfloat16"})
+    capsys.readouterr()
+    assert plan(tmp_path, values, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["plan"] == "paired"
+    policy, value = result["backbones"]
+    assert (policy["parameters"], value["parameters"]) == (BASE + 128256 * 8192, BASE)
+    assert policy["mapped"] == policy["parameters"] * 2
+    assert policy["adapters"] == value["adapters"] == LORA_16 * 4
+    roles = {role["role"]: role for role in result["roles"]}
+    assert roles["policy"]["gradients"] == LORA_16 * 4
+    assert roles["value"]["optimizer"] == (2 * (LORA_16 + 8192) + 80 * 7 * 2 + 1) * 4
+    # Rows * tokens * key heads * head size * (keys and values) * layers * bytes; columns in multiples of 16.
+    assert result["phases"]["rollout"]["kv_cache"] == 32 * 576 * 8 * 128 * 2 * 80 * 2
+
+
+def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    values = hollow(SMALL)
+    capsys.readouterr()
+    assert plan(tmp_path, values, "--json", "--memory", "10GiB") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sorted(result) == [
+        "backbones",
+        "choices",
+        "device",
+        "peak",
+        "phases",
+        "plan",
+        "roles",
+        "search",
+        "version",
+        "workload",
+    ]
+    assert result["version"] == 1
+    assert sorted(result["phases"]) == ["load", "rollout", "scoring", "update"]
+    assert sorted(result["phases"]["update"]) == [
+        "activations",
+        "at",
+        "gathered",
+        "gradients",
+        "kv_cache",
+        "logits",
+        "optimizer",
+        "peak",
+        "trunk_states",
+        "weights",
+    ]
+    assert sorted(result["roles"][0]) == [
+        "adapters",
+        "backbone",
+        "gradients",
+        "head",
+        "optimizer",
+        "role",
+        "trained_parameters",
+    ]
+    assert sorted(result["backbones"][0]) == [
+        "adapters",
+        "checkpoint",
+        "mapped",
+        "name",
+        "parameters",
+        "roles",
+        "trained",
+        "weights",
+    ]
+    assert result["search"]["change"] == {}
+    for phase in result["phases"].values():
+        parts = [count for name, count in phase.items() if name not in ("peak", "at")]
+        assert phase["peak"] == pytest.approx(sum(parts))
+
+
+def test_tables_name_roles_and_phases(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    values = hollow(SMALL)
+    capsys.readouterr()
+    assert plan(tmp_path, values) == 0
+    text = capsys.readouterr().out
+    for word in ("policy", "reference", "value", "reward", "load", "rollout", "scoring", "update", "peak:", "█"):
+        assert word in text
+
+
+def test_nothing_fits_is_the_users_mistake_and_says_how_much(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    values = hollow(SMALL)
+    capsys.readouterr()
+    assert plan(tmp_path, values, "--json", "--memory", "1MiB") == 2
+    result = json.loads(capsys.readouterr().out)["search"]
+    assert (result["fits"], result["config"]) == (False, None)
+    assert result["missing"] == result["smallest"]["bytes"] - 2**20 > 0
+    assert plan(tmp_path, values, "--memory", "1MiB") == 2
+    assert "nothing fits into 1.00 MiB" in " ".join(capsys.readouterr().out.split())
+
+
+def test_train_refuses_what_does_not_fit_unless_forced(hollow: Any) -> None:
+    values = hollow(SMALL)
+    config = parse_config(values)
+    sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
+    estimate = predict(config, sft, reward, longest_prompt=8)
+    refuse_too_large(estimate, None)
+    refuse_too_large(estimate, round(estimate.peak.peak) + 1)
+    with pytest.raises(ConfigError, match="--force"):
+        refuse_too_large(estimate, round(estimate.peak.peak) - 1)
+    refuse_too_large(estimate, 1, force=True)
+    both = predicted_and_measured(estimate, {"update": 123})
+    assert both["phases"]["update"]["measured"] == 123
+    assert both["phases"]["load"]["measured"] is None
+    assert both["workload"]["longest_prompt"] == 8
+
+
+def test_free_memory_is_no_more_than_the_machine_has() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 0 < free < 2**50
+
+
+def test_wrong_arguments(tmp_path: Path, hollow: Any) -> None:
+    values = hollow(SMALL)
+    with pytest.raises(ConfigError, match="--processes=0"):
+        plan(tmp_path, values, "--processes", "0")
+    with pytest.raises(ConfigError, match="24 gigs"):
+        plan(tmp_path, values, "--memory", "24 gigs")

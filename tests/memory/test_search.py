@@ -1,0 +1,97 @@
+"""The search picks the known cheapest change and says why the cheaper ones fail."""
+
+from typing import Any
+
+import pytest
+
+from quartet.config import parse_config
+from quartet.memory.choices import choices_of
+from quartet.memory.command import estimator_for
+from quartet.memory.report import describe, reason
+from quartet.memory.search import Option, changed, combinations, options, search
+from quartet.models.loading import plan_for
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "vocab_size": 500,
+}
+
+
+def peak(values: dict[str, Any], change: dict[str, Any]) -> float:
+    """Predicted peak of a changed configuration."""
+    config = changed(parse_config(values), change)
+    estimator = estimator_for(config)
+    plan = plan_for(config.models, estimator.sft, estimator.reward)
+    return estimator.estimate(plan, choices_of(config, estimator.device)).peak.peak
+
+
+def test_combinations_come_cheapest_first() -> None:
+    axes = [[Option("a", 1, 0.0, True), Option("a", 2, 1.0)], [Option("b", 1, 0.0, True), Option("b", 2, 1.5)]]
+    assert list(combinations(axes)) == [({}, 0.0), ({"a": 2}, 1.0), ({"b": 2}, 1.5), ({"a": 2, "b": 2}, 2.5)]
+
+
+def test_the_cheapest_that_fits(hollow: Any) -> None:
+    values = hollow(SIZES, **{"models.dtype": "float32", "ppo.microbatch_rows": 4, "rollout.batch_rows": 2})
+    values["rollout"] |= {"batch_size": 8, "response_length": 16}
+    values["data"]["max_prompt_tokens"] = 16
+    # The update needs most: half the rows make it smaller, and nothing else that costs as little does.
+    halved, given = peak(values, {"ppo.microbatch_rows": 2}), peak(values, {})
+    assert halved < given < 1.05 * peak(values, {"rollout.batch_rows": 1})
+    config = parse_config(values)
+    memory = int(halved + given) // 2
+    found = search(config, estimator_for(config), memory)
+    assert found.chosen is not None
+    assert found.chosen.change == {"ppo.microbatch_rows": 2}
+    assert found.chosen.config.ppo.microbatch_rows == 2
+    assert [candidate.change for candidate in found.nearer] == [{}, {"rollout.batch_rows": 1}]
+    for candidate in found.nearer:
+        assert candidate.exceeded is not None
+        assert candidate.exceeded.phase == "update"
+        assert "too much" in reason(candidate, memory)
+
+
+def test_what_fits_is_left_alone(hollow: Any) -> None:
+    config = parse_config(hollow(SIZES))
+    found = search(config, estimator_for(config), 2**40)
+    assert found.chosen is not None
+    assert (found.chosen.change, found.nearer) == ({}, ())
+
+
+def test_sharing_is_the_first_thing_to_change_under_lora(hollow: Any) -> None:
+    values = hollow(SIZES, **{"models.lora": {"r": 4}, "models.sharing": "separate", "models.dtype": "float32"})
+    # Weights of bfloat16 files are mapped on a CPU whichever plan: compare what a GPU would hold.
+    config = parse_config(values)
+    assert [o.value for o in options(config, estimator_for(config))[0]] == ["separate", "paired", "single"]
+    full = parse_config(hollow(SIZES))
+    assert [o.value for o in options(full, estimator_for(full))[0]] == ["auto"]
+
+
+def test_nothing_fits(hollow: Any) -> None:
+    values = hollow(SIZES)
+    config = parse_config(values)
+    found = search(config, estimator_for(config), 2**16)
+    assert found.chosen is None
+    # Full fine-tuning: 12 bytes a trained parameter at least.
+    estimator = estimator_for(config)
+    least = estimator.estimate(
+        plan_for(config.models, estimator.sft, estimator.reward), choices_of(config, estimator.device)
+    )
+    trained = sum(role.trained_parameters for role in least.roles)
+    assert found.smallest.peak > 12 * trained
+    assert all(candidate.at_fewest or candidate.exceeded for candidate in found.nearer)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "as given"),
+        ({"models.gradient_checkpointing": True}, "models.gradient_checkpointing=true"),
+        ({"ppo.microbatch_rows": 2, "models.quantization": None}, "ppo.microbatch_rows=2, models.quantization=null"),
+    ],
+)
+def test_describe(change: dict[str, Any], expected: str) -> None:
+    assert describe(change) == expected
