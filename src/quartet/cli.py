@@ -33,6 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="the YAML file")
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
     train.set_defaults(command=_train)
+    plan = commands.add_parser("plan", help="predict the memory of a configuration before anything is loaded")
+    plan.add_argument("config", help="the YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
+    plan.add_argument("--memory", metavar="SIZE", help="find the cheapest change that fits, such as 24GiB or 80g")
+    plan.add_argument("--processes", type=_positive, default=1, metavar="N", help="processes that share the work")
+    plan.add_argument("--engine", choices=("ddp", "zero2", "zero3", "fsdp2"), help="how they share it")
+    plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    plan.set_defaults(command=_plan)
     resume = commands.add_parser("resume", help="continue a run from its newest checkpoint")
     resume.add_argument("run", type=Path, help="the run folder")
     resume.set_defaults(command=_resume)
@@ -80,6 +88,13 @@ def _train(options: argparse.Namespace) -> int:
     folder = train(config)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from quartet.memory.command import run_plan
+
+    return run_plan(options)
 
 
 def _resume(options: argparse.Namespace) -> int:

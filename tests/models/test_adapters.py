@@ -30,6 +30,7 @@ def single(tiny_run: TinyRun, **changes: Any) -> Pipeline:
 def test_switch_restores_state_after_exceptions(tiny_run: TinyRun) -> None:
     backbone = single(tiny_run).roles.policy.backbone
     trained = {name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-2] for name in trained} == {"policy", "value"}
     layers = len(adapter_state(backbone.model))
     assert adapter_state(backbone.model) == [(True, [])] * layers
     with backbone.role("policy"):
@@ -184,6 +185,7 @@ def test_gradients_of_one_joint_pass_are_those_of_separate_passes(plan: str, tin
     """PEFT's `set_adapter` between forward and backward would silently drop the first adapter's."""
     joint, apart = gradients(tiny_run, plan, joint=True), gradients(tiny_run, plan, joint=False)
     assert joint.keys() == apart.keys()
+    assert len(joint) == 2 * 28 + 1  # A and B of seven layers in two blocks, for two roles, and the value head
     for name, gradient in joint.items():
         torch.testing.assert_close(gradient, apart[name], rtol=1e-6, atol=1e-6, msg=name)
         assert gradient.abs().max() > 0, name
@@ -229,6 +231,7 @@ def test_gradient_checkpointing_recomputes(plan: str, tiny_run: TinyRun, monkeyp
         changes |= {"models.lora": {"r": 5}, "models.sharing": "single"}
     pipeline = Pipeline(tiny_run("llama", "sft-lora", "reward-lora", **changes))
     batch, mask = sequences([[5, 9, 30]], [[40, 41, 42, 43]])
+    runs.clear()
     with torch.no_grad():
         pipeline.roles.policy(batch, mask, temperature=1.0)
     assert len(runs) == 2

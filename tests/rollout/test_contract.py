@@ -81,7 +81,9 @@ def test_a_response_is_a_prefix_that_ends_with_the_stop_token_or_at_full_length(
     engine_class: type, policy: LanguageView
 ) -> None:
     result = rollout(engine_class(policy, SETTINGS))
-    for tokens, mask, stopped in zip(result.tokens.tolist(), result.response_mask.tolist(), result.stopped, strict=True):
+    for tokens, mask, stopped in zip(
+        result.tokens.tolist(), result.response_mask.tolist(), result.stopped, strict=True
+    ):
         length = sum(mask)
         assert mask == [True] * length + [False] * (LENGTH - length)
         assert tokens[length:] == [PAD] * (LENGTH - length)
@@ -116,9 +118,7 @@ def test_decoding_ends_with_the_longest_response(engine_class: type, policy: Lan
     result = engine.generate(prompts())
     short = result.response_mask.sum(-1).argsort()[:3].tolist()
     given = prompts()
-    some = Prompts(
-        tuple(given.episodes[i] for i in short), ("",) * 3, tuple(given.tokens[i] for i in short)
-    )
+    some = Prompts(tuple(given.episodes[i] for i in short), ("",) * 3, tuple(given.tokens[i] for i in short))
     alone = engine.generate(some)
     assert torch.equal(alone.tokens, result.tokens[short])
     longest = int(alone.response_mask.sum(-1).max())

@@ -71,16 +71,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_policy(config: Any, *, lora: bool = False, dtype: torch.dtype = torch.float32) -> LanguageView:
+def make_policy(
+    config: Any, *, lora: bool = False, trainable: bool = False, dtype: torch.dtype = torch.float32
+) -> LanguageView:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(trainable)
     specs: tuple[AdapterSpec, ...] = ()
     if lora:
         adapters.attach_fresh(model, "policy", LoraConfig(r=4, alpha=8), seed=0)
         specs = (AdapterSpec("policy", True, None),)
         for _, parameter in adapters.adapter_parameters(model, "policy"):
             torch.nn.init.normal_(parameter, std=0.2)  # B starts at zero, where an adapter left out would not show
-    spec = BackboneSpec("sft", "none", "language_model", trainable=False, adapters=specs)
+    spec = BackboneSpec("sft", "none", "language_model", trainable=trainable, adapters=specs)
     backbone = Backbone(spec, model, dtype=dtype)
     return LanguageView(backbone, "policy" if lora else None, LogitHead(model))
 
@@ -162,12 +164,26 @@ def test_the_policy_adapter_is_on_while_decoding_and_the_state_before_comes_back
     assert (rollout.logprobs - full_logprobs(bare, rollout, 0.8)).abs().max() > 0.1
 
 
-def test_bfloat16_stays_near_a_full_forward() -> None:
-    config = FAMILIES["qwen3"]()
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("trained", ["adapter", "weights"])
+def test_bfloat16_stays_near_a_full_forward(family: str, trained: str) -> None:
+    config = FAMILIES[family]()
     config.initializer_range = 0.1
-    policy = make_policy(config, lora=True, dtype=torch.bfloat16)
+    policy = make_policy(config, lora=trained == "adapter", trainable=trained == "weights", dtype=torch.bfloat16)
     rollout = StaticEngine(policy, settings()).generate(make_prompts())
     assert (rollout.logprobs - full_logprobs(policy, rollout, 0.8)).abs().mean() < 0.02
+
+
+def test_a_rollout_leaves_no_converted_weights_that_would_swallow_gradients() -> None:
+    """A copy that autocast made without gradients, met again inside the caller's autocast, has no way back."""
+    policy = make_policy(FAMILIES["gpt2"](), trainable=True, dtype=torch.bfloat16)
+    engine = StaticEngine(policy, settings())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = engine.generate(make_prompts())
+        rows = [torch.cat([p, r]) for p, r in zip(rollout.prompts.tokens, rollout.tokens, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        policy.backbone.model(input_ids=ids).logits.square().mean().backward()
+    assert [n for n, p in policy.backbone.model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 8])
@@ -191,7 +207,9 @@ def test_rows_that_stop_are_refilled() -> None:
     assert lengths[1] == 1
     work = int((lengths - 1).sum())
     assert -(-work // 3) <= rollout.decode_steps <= work // 3 + 12
-    assert StaticEngine(policy, replace(chosen, batch_rows=7)).generate(make_prompts()).decode_steps == lengths.max() - 1
+    assert (
+        StaticEngine(policy, replace(chosen, batch_rows=7)).generate(make_prompts()).decode_steps == lengths.max() - 1
+    )
 
 
 def test_weights_and_training_state_are_untouched() -> None:

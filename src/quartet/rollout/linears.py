@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -80,10 +81,14 @@ def _packed(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
 
 
 def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Callable[[Tensor], Tensor] | None:
-    if adapter not in module.lora_A or adapter in module.lora_variant or module.lora_B[adapter].bias is not None:
+    if adapter not in module.lora_A or adapter in module.lora_variant:
         return None
-    down = module.lora_A[adapter].weight.detach().to(dtype).t()
-    up = (module.lora_B[adapter].weight.detach() * module.scaling[adapter]).to(dtype).t()
+    low: Any = module.lora_A[adapter]
+    high: Any = module.lora_B[adapter]
+    if high.bias is not None:
+        return None
+    down = low.weight.detach().to(dtype).t()
+    up = (high.weight.detach() * module.scaling[adapter]).to(dtype).t()
     return partial(_with_lora, module.base_layer, down, up)
 
 

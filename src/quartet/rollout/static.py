@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,72 +10,16 @@ from torch import Tensor, nn
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
-from quartet.rollout.linears import fast_linears
 from quartet.rollout.sampling import episode_uniforms, sample
-from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
+from quartet.rollout.static_cache import RowCache
+from quartet.rollout.static_decoder import Decoder, check, generating
 
-COLUMN_STEP = 16
-"""Attention runs over a multiple of so many columns, so that its shapes repeat."""
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one forward pass over prompts."""
 PREFILL_WASTE = 0.25
 """Largest share of padding in it."""
 REFILL_SHARE = 8
 """Prompts wait until one in so many rows is free."""
-
-
-class Decoder:
-    """Runs a policy's transformer over a `RowCache`."""
-
-    def __init__(self, policy: LanguageView) -> None:
-        backbone = policy.backbone
-        self._transformer = backbone.transformer
-        self._patterns = layer_patterns(backbone.model.config)
-        self._dtype = backbone.dtype
-        if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
-            raise NotDrivable("it takes no position_ids")
-
-    def new_cache(self, rows: int, columns: int) -> RowCache:
-        """An empty cache in the computation dtype."""
-        return RowCache(self._patterns, rows, _rounded(columns), self._dtype)
-
-    def prefill(self, cache: RowCache, first: int, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Put prompts into the rows from `first` on.
-
-        Args:
-            ids: int64 `[m, L]`, padded on the right with anything: no token looks at what follows it.
-            lengths: int64 `[m]`.
-
-        Returns:
-            Hidden states `[m, H]` of the last token of each prompt.
-        """
-        cache.prefill(first)
-        output: Any = self._transformer(input_ids=ids, past_key_values=cache, use_cache=True)
-        states: Tensor = output.last_hidden_state
-        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
-
-    def step(self, cache: RowCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Append one token to each of the rows 0 to n - 1.
-
-        Args:
-            tokens: int64 `[n]`.
-            positions: int64 `[n]`, tokens that each row holds already.
-            longest: the largest of `positions`.
-
-        Returns:
-            Hidden states `[n, H]` of these tokens.
-        """
-        columns = _rounded(longest + 1)
-        cache.decode(positions, columns)
-        output: Any = self._transformer(
-            input_ids=tokens[:, None],
-            position_ids=positions[:, None],
-            attention_mask=decode_masks(self._patterns, positions, columns, self._dtype),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        states: Tensor = output.last_hidden_state
-        return states[:, -1]
 
 
 @dataclass
@@ -137,7 +77,7 @@ class StaticEngine:
         self._policy = policy
         self._settings = settings
         self._decoder = Decoder(policy)
-        with _generating(policy):
+        with generating(policy):
             check(self._decoder, policy)
 
     @torch.no_grad()
@@ -152,8 +92,7 @@ class StaticEngine:
             logprobs=torch.zeros(shape, device=device),
             uniforms=uniforms,
         )
-        backbone, adapter = self._policy.backbone, self._policy.adapter
-        with _generating(self._policy), fast_linears(backbone.model, backbone.dtype, adapter):
+        with generating(self._policy):
             self._decode(prompts, out)
         if settings.stop_id is None:
             stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -271,50 +210,3 @@ def like_length(lengths: list[int]) -> list[int]:
             groups.append(1)
             longest = used = length
     return groups
-
-
-def _rounded(columns: int) -> int:
-    return -(-columns // COLUMN_STEP) * COLUMN_STEP
-
-
-@contextmanager
-def _generating(policy: LanguageView) -> Iterator[None]:
-    """Run as the policy, in evaluation mode: in training mode, gradient checkpointing takes the cache away unasked."""
-    model = policy.backbone.model
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with policy.active(), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def check(decoder: Decoder, policy: LanguageView) -> None:
-    """Decode a few tokens in rows of unequal length and compare with a plain forward pass.
-
-    Raises:
-        NotDrivable: the model fails, or gives other hidden states.
-    """
-    device = policy.backbone.device
-    vocabulary = policy.backbone.model.config.get_text_config(decoder=True).vocab_size
-    ids = (torch.arange(3 * 7, device=device).reshape(3, 7) * 7 + 3) % vocabulary
-    lengths = torch.tensor([5, 2, 3], device=device)
-    row = torch.arange(2, device=device)
-    plain: Tensor = policy.backbone.transformer(input_ids=ids, use_cache=False).last_hidden_state
-    try:
-        cache = decoder.new_cache(2, 7)
-        found = [decoder.prefill(cache, 0, ids[:2, :5], lengths[:2])]
-        found.append(decoder.step(cache, ids[row, lengths[:2]], lengths[:2], 5))
-        cache.move(row[1:], row[:1], 3)  # the second row takes the place of the first, a third prompt comes in
-        found.append(decoder.prefill(cache, 1, ids[2:, :3], lengths[2:]))
-        found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, 3))
-    except Exception as error:
-        raise NotDrivable(f"a decoding step fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    places = [(0, 4), (1, 1), (0, 5), (1, 2), (2, 2), (1, 3), (2, 3)]
-    expected = torch.stack([plain[place] for place in places]).float()
-    error_size = (torch.cat(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    worst = float(error_size.max())
-    if not worst <= (1e-3 if policy.backbone.dtype == torch.float32 else 0.1):
-        raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")

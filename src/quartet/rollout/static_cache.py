@@ -73,7 +73,8 @@ class RowLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, place: _Place, rows: int, columns: int, dtype: torch.dtype, sliding: bool) -> None:
-        super().__init__()
+        initialize: Any = super().__init__  # without annotations in transformers
+        initialize()
         self.is_sliding = sliding
         self._place = place
         self._shape = (rows, columns)

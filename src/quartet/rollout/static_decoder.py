@@ -1,0 +1,131 @@
+"""One decoding step of any transformer over a `RowCache`, and the check that the model can be driven so."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.models.roles import LanguageView
+from quartet.rollout.linears import fast_linears
+from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
+
+COLUMN_STEP = 16
+"""Attention runs over a multiple of so many columns, so that its shapes repeat."""
+TOLERANCES = {torch.float32: 1e-3}
+"""Relative error of hidden states that `check` puts down to rounding; 0.1 in lower precisions."""
+
+
+class Decoder:
+    """Runs a policy's transformer over a `RowCache`."""
+
+    def __init__(self, policy: LanguageView) -> None:
+        backbone = policy.backbone
+        self._transformer = backbone.transformer
+        self._patterns = layer_patterns(backbone.model.config)
+        self._dtype = backbone.dtype
+        if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
+            raise NotDrivable("it takes no position_ids")
+
+    def new_cache(self, rows: int, columns: int) -> RowCache:
+        """An empty cache in the computation dtype."""
+        return RowCache(self._patterns, rows, _rounded(columns), self._dtype)
+
+    def prefill(self, cache: RowCache, first: int, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Put prompts into the rows from `first` on.
+
+        Args:
+            ids: int64 `[m, L]`, padded on the right with anything: no token looks at what follows it.
+            lengths: int64 `[m]`.
+
+        Returns:
+            Hidden states `[m, H]` of the last token of each prompt.
+        """
+        cache.prefill(first)
+        output: Any = self._transformer(input_ids=ids, past_key_values=cache, use_cache=True)
+        states: Tensor = output.last_hidden_state
+        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
+
+    def step(self, cache: RowCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Append one token to each of the rows 0 to n - 1.
+
+        Args:
+            tokens: int64 `[n]`.
+            positions: int64 `[n]`, tokens that each row holds already.
+            longest: the largest of `positions`.
+
+        Returns:
+            Hidden states `[n, H]` of these tokens.
+        """
+        columns = _rounded(longest + 1)
+        cache.decode(positions, columns)
+        output: Any = self._transformer(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            attention_mask=decode_masks(self._patterns, positions, columns, self._dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states: Tensor = output.last_hidden_state
+        return states[:, -1]
+
+
+@contextmanager
+def generating(policy: LanguageView) -> Iterator[None]:
+    """Run as the policy for many forward passes without gradients, each with as little overhead as can be.
+
+    In evaluation mode: in training mode, gradient checkpointing takes the cache away unasked. What autocast converts is
+    kept until the end; it must not outlive it, since a copy made without gradients would swallow the next backward's.
+    """
+    backbone = policy.backbone
+    model, dtype = backbone.model, backbone.dtype
+    training = [module for module in model.modules() if module.training]
+    lower = dtype != torch.float32
+    keeping = torch.autocast(backbone.device.type, dtype=dtype, cache_enabled=True) if lower else nullcontext()
+    try:
+        model.eval()
+        with torch.no_grad(), policy.active(), keeping, fast_linears(model, dtype, policy.adapter):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        for module in training:
+            module.training = True
+
+
+def check(decoder: Decoder, policy: LanguageView) -> None:
+    """Decode a few tokens in rows of unequal length and compare with a plain forward pass.
+
+    Raises:
+        NotDrivable: the model fails, or gives other hidden states.
+    """
+    device = policy.backbone.device
+    vocabulary = policy.backbone.model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(3 * 7, device=device).reshape(3, 7) * 7 + 3) % vocabulary
+    lengths = torch.tensor([5, 2, 3], device=device)
+    row = torch.arange(2, device=device)
+    plain: Tensor = policy.backbone.transformer(input_ids=ids, use_cache=False).last_hidden_state
+    try:
+        cache = decoder.new_cache(2, 7)
+        found = [decoder.prefill(cache, 0, ids[:2, :5], lengths[:2])]
+        found.append(decoder.step(cache, ids[row, lengths[:2]], lengths[:2], 5))
+        cache.move(row[1:], row[:1], 3)  # the second row takes the place of the first, a third prompt comes in
+        found.append(decoder.prefill(cache, 1, ids[2:, :3], lengths[2:]))
+        found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, 3))
+    except Exception as error:
+        raise NotDrivable(
+            f"a decoding step fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    places = [(0, 4), (1, 1), (0, 5), (1, 2), (2, 2), (1, 3), (2, 3)]
+    expected = torch.stack([plain[place] for place in places]).float()
+    error_size = (torch.cat(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    worst = float(error_size.max())
+    if not worst <= TOLERANCES.get(policy.backbone.dtype, 0.1):
+        raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // COLUMN_STEP) * COLUMN_STEP

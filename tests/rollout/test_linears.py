@@ -1,0 +1,106 @@
+"""Replaced linear layers give what the original ones give, and are gone afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quartet.config import LoraConfig
+from quartet.models import adapters
+from quartet.models.adapters import AdapterSwitch
+from quartet.models.precision import autocast
+from quartet.rollout.linears import fast_linears
+
+
+class Small(nn.Module):
+    """A large layer, a small one, and a layer of another class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+        self.small = nn.Linear(64, 5)
+        self.other = Conv1D(3, 5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        result: Tensor = self.other(self.small(self.down(self.up(states).relu())))
+        return result
+
+
+def make(*names: str) -> Small:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Small()
+    for name in names:
+        adapters.attach_fresh(model, name, LoraConfig(r=4, alpha=12, target_modules=("up", "small")), seed=0)
+        for _, parameter in adapters.adapter_parameters(model, name):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def replaced(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 64), (40, 64)])
+def test_results_are_the_same_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    model = make()
+    states = torch.randn(shape)
+    exact = model.double()(states.double())
+    model.float()
+    with torch.no_grad(), autocast(torch.device("cpu"), dtype):
+        before = model(states)
+        with fast_linears(model, dtype, None):
+            assert {"up", "down"} == replaced(model)
+            within = model(states)
+    assert replaced(model) == set()
+    assert within.dtype == before.dtype
+    assert within.shape == before.shape
+    assert (within - exact).abs().max() <= 2 * (before - exact).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on", ["one", "two"])
+def test_the_adapter_that_is_on_is_added(dtype: torch.dtype, on: str) -> None:
+    model = make("one", "two")
+    switch = AdapterSwitch(model)
+    states = torch.randn(6, 64)
+    with torch.no_grad(), switch.on(on), autocast(torch.device("cpu"), dtype):
+        expected = model(states)
+        with fast_linears(model, dtype, on):
+            assert {"up", "small"} <= replaced(model)
+            torch.testing.assert_close(model(states), expected, rtol=0.1, atol=0.03 if dtype != torch.float32 else 1e-5)
+
+
+def test_without_an_adapter_none_is_added() -> None:
+    model = make("one")
+    states = torch.randn(6, 64)
+    switch = AdapterSwitch(model)
+    with torch.no_grad(), switch.on(None):
+        expected = model(states)
+        with fast_linears(model, torch.float32, None):
+            torch.testing.assert_close(model(states), expected)
+
+
+def test_layers_come_back_after_an_error_and_foreign_forwards_stay() -> None:
+    model = make("one")
+    foreign = model.down.forward
+    model.down.__dict__["forward"] = foreign
+    with pytest.raises(RuntimeError, match="shapes"), fast_linears(model, torch.float32, "one"):
+        model(torch.randn(6, 63))
+    assert replaced(model) == {"down"}
+    assert model.down.__dict__["forward"] is foreign
+
+
+def test_weights_are_only_read() -> None:
+    model = make("one")
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    bfloat16 = autocast(torch.device("cpu"), torch.bfloat16)
+    with torch.no_grad(), bfloat16, fast_linears(model, torch.bfloat16, "one"):
+        model(torch.randn(6, 64))
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0]
+        assert torch.equal(tensor, before[name][1])
