@@ -1,7 +1,7 @@
 """Quartet: PPO-based RLHF for language models, the four models of PPO in the memory of one.
 
-    from quartet import train
-    train({"models": {"sft": ..., "reward": ...}, "data": {"prompts": ...}, "run": {"dir": ...}})
+from quartet import train
+train({"models": {"sft": ..., "reward": ...}, "data": {"prompts": ...}, "run": {"dir": ...}})
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_layers_come_back_after_an_error_and_foreign_forwards_stay() -> None:
     model = make("one")
     foreign = model.down.forward
     model.down.__dict__["forward"] = foreign
-    with pytest.raises(RuntimeError, match="shapes"), fast_linears(model, torch.float32, "one"):
+    with pytest.raises(RuntimeError), fast_linears(model, torch.float32, "one"):
         model(torch.randn(6, 63))
     assert replaced(model) == {"down"}
     assert model.down.__dict__["forward"] is foreign

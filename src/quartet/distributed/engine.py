@@ -75,6 +75,10 @@ class SingleProcess:
 
 def start_engine() -> ProcessEngine:
     """The engine for this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         raise AssertionError("a process group of several processes needs an engine of its own")
     return SingleProcess()
