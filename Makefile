@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: setup demo test check format lint types bench clean
+.PHONY: setup demo test check format lint types clean
 
 setup: $(STAMP)
 

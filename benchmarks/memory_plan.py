@@ -1,7 +1,7 @@
 """Predicted against measured memory: `quartet plan` and two PPO iterations of the same configuration, phase by phase.
 
 Each configuration runs in a process of its own. The first iteration fills the optimizer state; the second is measured. On
-CUDA the measure is `torch.cuda.max_memory_allocated`; on a CPU it is the process's anonymous memory, sampled every 2 ms,
+CUDA the measure is `torch.cuda.max_memory_allocated`; on a CPU it is the process's anonymous memory, sampled every 4 ms,
 less what it was after imports and a first small forward and backward pass.
 
 glibc keeps freed blocks below a threshold that grows to 32 MiB, and cuts new blocks out of them, so that what a process
@@ -57,22 +57,23 @@ def configurations() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def add(name: str, size: str, rows: int = 8, **models: Any) -> None:
-        found[name] = {"size": size, "rows": rows, "models": {"dtype": "float32", "sharing": "separate", **models}}
+        found[name] = {"size": size, "rows": rows, "models": {"dtype": "float32", "sharing": "separate"} | models}
 
-    lora: dict[str, Any] = {"lora": {"r": 16}}
-    for size in SIZES:
-        rows = 8 if size == "S" else 4
+    paired: dict[str, Any] = {"lora": {"r": 16}, "sharing": "paired"}
+    single = paired | {"sharing": "single"}
+    for size, rows in (("S", 8), ("M", 4)):
         add(f"{size} full", size, rows)
         add(f"{size} full checkpointing", size, rows, gradient_checkpointing=True)
-        add(f"{size} lora separate", size, rows, **lora)
-        add(f"{size} lora paired", size, rows, **lora | {"sharing": "paired"})
-        paired = lora | {"sharing": "paired", "gradient_checkpointing": True}
-        add(f"{size} lora paired checkpointing", size, rows, **paired)
-        add(f"{size} lora single", size, rows, **lora | {"sharing": "single"})
-        single = lora | {"sharing": "single", "gradient_checkpointing": True}
-        add(f"{size} lora single checkpointing", size, rows, **single)
         add(f"{size} full bfloat16", size, rows, dtype="bfloat16")
-        add(f"{size} lora paired bfloat16", size, rows, **lora | {"sharing": "paired", "dtype": "bfloat16"})
+        add(f"{size} lora paired", size, rows, **paired)
+        add(f"{size} lora single", size, rows, **single)
+        add(f"{size} lora single checkpointing", size, rows, **single, gradient_checkpointing=True)
+    add("S full, 3 layers frozen", "S", freeze_layers=3)
+    add("S lora separate", "S", **paired | {"sharing": "separate"})
+    add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
+    add("S lora paired bfloat16", "S", **paired, dtype="bfloat16")
+    add("S lora paired 4bit", "S", **paired, quantization="4bit")
+    add("S lora paired 8bit", "S", **paired, quantization="8bit")
     return found
 
 
@@ -139,7 +140,7 @@ class Probe:
     def _sample(self) -> None:
         while self._running:
             self._largest = max(self._largest, anonymous())
-            time.sleep(0.002)
+            time.sleep(0.004)
 
 
 def anonymous() -> int:
@@ -308,6 +309,8 @@ def table(options: argparse.Namespace) -> None:
     compared = ("rollout", "scoring", "update")
     worst = max((abs(difference(row, phase)), row["name"], phase) for row in rows for phase in compared)
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
+    loads = max(abs(r["predicted"]["phases"]["load"]["peak"] - r["measured"]["load"]) for r in rows) / 2**20
+    print(f"largest difference in load: {loads:.1f} MiB")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "options": vars_of(options), "rows": rows}, indent=2))
 

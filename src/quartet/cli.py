@@ -1,4 +1,4 @@
-"""The command line: `quartet train | resume | demo`. Mistakes end in one sentence on stderr and exit code 2."""
+"""The command line: `quartet train | plan | resume | demo`. Mistakes end in one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 

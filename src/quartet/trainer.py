@@ -60,13 +60,18 @@ def _run(session: Session) -> Path:
     ):
         if session.state.iteration == 0:
             session.evaluate_if_due()
-        while session.state.iteration < config.ppo.iterations:
-            record = _iteration(session, updater)
-            metrics.write(record)
-            progress.iteration(record)
-            session.evaluate_if_due()
-            session.checkpoint_if_due(now=stop.asked)
-            _leave_if_asked(session, stop)
+        try:
+            while session.state.iteration < config.ppo.iterations:
+                record = _iteration(session, updater)
+                metrics.write(record)
+                progress.iteration(record)
+                session.evaluate_if_due()
+                session.checkpoint_if_due(now=stop.asked)
+                _leave_if_asked(session, stop)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped at once; go on from the newest checkpoint with: quartet resume {session.folder.path}"
+            ) from None
     session.export()
     return session.folder.path
 

@@ -105,6 +105,7 @@ def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
         "gathered",
         "gradients",
         "kv_cache",
+        "libraries",
         "logits",
         "optimizer",
         "peak",

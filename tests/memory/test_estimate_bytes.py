@@ -8,7 +8,8 @@ import torch
 from checkpoints import write_model
 from pipeline import Pipeline
 from quartet.memory.choices import choices_of, workload_of
-from quartet.memory.estimate import Estimate, Estimator
+from quartet.memory.estimate import Estimator
+from quartet.memory.figures import Estimate
 
 CASES = [
     ("llama", "sft", "reward", {}),

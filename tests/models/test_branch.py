@@ -122,5 +122,5 @@ def test_a_value_head_on_the_policys_states(tiny_run: Any, lora: Any, reward: st
 
 
 def test_a_score_head_on_other_states_is_refused(tiny_run: Any) -> None:
-    with pytest.raises(ConfigError, match="set models.value_head_init=zero"):
+    with pytest.raises(ConfigError, match=r"set models\.value_head_init=zero"):
         Pipeline(tiny_run("llama", **{"models.value_model": "trunk"}))

@@ -70,7 +70,7 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "missing":
         return f"{where} is missing; add it to the configuration"
     message = problem["msg"].removeprefix("Value error, ")
-    if not where or kind == "value_error":
+    if not where or (kind == "value_error" and "was given" not in message):
         return message
     return f"{where}={given!r} is not possible: {message[:1].lower()}{message[1:]}"
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+
+def _no_switch(given: Any) -> Any:
+    """YAML's true and false are numbers to Python, and never meant as such."""
+    if isinstance(given, bool):
+        raise ValueError(f"a number or name is needed, and {str(given).lower()} was given")
+    return given
+
+
+Number = BeforeValidator(_no_switch)
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1), Number]
+NonNegativeInt = Annotated[int, Field(ge=0), Number]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -134,7 +143,7 @@ class RolloutConfig(Section):
     """Softmax temperature of sampling; the trainer's log-probabilities use it too."""
     top_p: Probability = 1.0
     """Nucleus sampling. Below 1 the sampler is not the policy that is trained, and KL estimates are biased."""
-    stop: str | int | None = "eos"
+    stop: Annotated[str | int | None, Number] = "eos"
     """Token that ends a response: `eos`, another token's text or id, or null to run to response_length."""
     engine: Literal["auto", "static", "dynamic"] = "auto"
     """Generation engine. static: preallocated cache with refill; dynamic: any model with a cache; auto chooses."""
@@ -249,5 +258,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.batch_size={self.rollout.batch_size} is not divisible by "
                 f"ppo.minibatches={self.ppo.minibatches}; choose a divisor"
+            )
+        if self.ppo.missing_eos_penalty and self.rollout.stop is None:
+            raise ValueError(
+                f"ppo.missing_eos_penalty={self.ppo.missing_eos_penalty} would fall on every episode, because "
+                "rollout.stop=null lets none stop; name a stop token or leave the penalty out"
             )
         return self

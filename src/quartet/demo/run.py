@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quartet.config import Config, load_config
-from quartet.demo.judge import vader_mean
+from quartet.demo.judge import vader_mean, vader_scores
 from quartet.demo.packages import DemoFiles, fetch
 from quartet.demo.prompts import evaluation_prompts, openings, write_prompts
 from quartet.demo.ratings import RatingSplit, load_ratings, split_ratings
@@ -42,6 +42,8 @@ class DemoResult:
     score_sd_before: float
     judge_before: float
     judge_after: float
+    kl_before: float
+    """Zero but for rounding and chance."""
     kl: float
     """Mean over responses of the log-probability under the policy minus that under the reference, nats."""
     seconds_reward: float
@@ -62,6 +64,9 @@ def run_demo(*, iterations: int | None, seed: int, out: Path | None, console: Co
         QuartetError: a download failed, a sum differs, or the folder is in use.
     """
     console = console or Console()
+    if seed < 0:
+        raise ConfigError(f"--seed={seed} is negative; give 0 or more")
+    vader_scores(["the judge is there"])  # before the minutes that precede its first use
     folder = out or _free_folder(Path("runs/demo"))
     RunFolder(folder).refuse_used()
 
@@ -126,6 +131,7 @@ def _measure(folder: Path, report: RewardModelReport, seconds: float) -> DemoRes
         score_sd_before=math.sqrt(_mean([(score - _mean(scores)) ** 2 for score in scores])),
         judge_before=vader_mean([_text(sample) for sample in before]),
         judge_after=vader_mean([_text(sample) for sample in after]),
+        kl_before=_mean([sample["kl"] for sample in before]),
         kl=_mean([sample["kl"] for sample in after]),
         seconds_reward=report.seconds,
         seconds_ppo=seconds,
@@ -144,7 +150,7 @@ def _show(console: Console, folder: Path, result: DemoResult) -> None:
     figures.add_row("reward model's score", f"{result.score_before:.2f}", f"{result.score_after:.2f}")
     figures.add_row("  its standard deviation", f"{result.score_sd_before:.2f}", "")
     figures.add_row("VADER, never seen in training", f"{result.judge_before:.2f}", f"{result.judge_after:.2f}")
-    figures.add_row("KL to the reference, nats a response", "0.00", f"{result.kl:.2f}")
+    figures.add_row("KL to the reference, nats a response", f"{result.kl_before:.2f}", f"{result.kl:.2f}")
     texts = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
     for heading in ("prompt", "before", "after"):
         texts.add_column(heading, ratio=1 if heading == "prompt" else 2)

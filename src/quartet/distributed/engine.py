@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -12,14 +10,6 @@ from torch import Tensor, nn
 
 class ProcessEngine(Protocol):
     """What the trainer needs of the processes that run it."""
-
-    rank: int
-    world_size: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
-        ...
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over all processes."""
@@ -33,21 +23,9 @@ class ProcessEngine(Protocol):
         """Scale all gradients together to at most `max_norm`; returns the norm before, on the device."""
         ...
 
-    def whole_weights(self, modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
-        """While open, every process holds the full weights of `modules` (generation, export)."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        ...
-
 
 class SingleProcess:
     """One process: sums are what they are, and nobody is waited for."""
-
-    rank = 0
-    world_size = 1
-    is_main = True
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -64,13 +42,6 @@ class SingleProcess:
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
-
-    def whole_weights(self, modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
-        """Weights are always whole here."""
-        return nullcontext()
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 def start_engine() -> ProcessEngine:

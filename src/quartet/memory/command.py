@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from rich.console import Console
 from quartet.config import Config, load_config
 from quartet.errors import ConfigError
 from quartet.memory.choices import choices_of, plan_device, workload_of
-from quartet.memory.estimate import Estimate, Estimator
+from quartet.memory.estimate import Estimator
+from quartet.memory.figures import Estimate
 from quartet.memory.report import as_dict, search_dict, show, show_search
 from quartet.memory.search import search
 from quartet.memory.sizes import format_bytes, parse_bytes
 from quartet.models.checkpoint_info import CheckpointInfo, read_checkpoint
 from quartet.models.loading import plan_for
+
+WIDTH = 180
+"""Columns where the output is no terminal."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +63,8 @@ def run_plan(options: argparse.Namespace) -> int:
                 result["search"]["estimate"] = as_dict(found.chosen.estimate)
         print(json.dumps(result))
     else:
-        console = Console()
+        # Into a file or a pipe the tables take the room they need.
+        console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         show(estimate, console)
         if found is not None and memory is not None:
             show_search(found, memory, console)

@@ -13,8 +13,9 @@ from quartet.memory.choices import Choices, Workload
 from quartet.memory.trace import CACHE, MemoryTrace
 from quartet.models.roles import Roles
 from quartet.rollout.sampling import sample
-from quartet.rollout.static import PREFILL_TOKENS, Decoder
+from quartet.rollout.static import PREFILL_TOKENS
 from quartet.rollout.static_cache import NotDrivable
+from quartet.rollout.static_decoder import Decoder, generating
 
 
 def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
@@ -26,11 +27,12 @@ def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workl
             decoder = Decoder(roles.policy)
         except NotDrivable:
             decoder = None
-    with torch.no_grad(), roles.policy.active():
-        if decoder is None:
+    if decoder is None:
+        with torch.no_grad(), roles.policy.active():
             _growing(trace, roles, workload, rows)
-        else:
-            _preallocated(trace, decoder, roles, workload, rows)
+        return
+    with generating(roles.policy):
+        _preallocated(trace, decoder, roles, workload, rows)
 
 
 def _growing(trace: MemoryTrace, roles: Roles, workload: Workload, rows: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from quartet.config import LoraConfig
 from quartet.memory.adapter_sizes import AdapterSize, adapter_size
 from quartet.memory.choices import Choices, Workload, torch_dtype
+from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, RoleBytes
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -18,113 +19,12 @@ from quartet.models.plan import ROLES, BackboneSpec, Role, SharingPlan, Task
 
 FLOAT = 4
 """Bytes of a float32: trained weights, adapters, heads, gradients and Adam's moments."""
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneBytes:
-    """One backbone in one process."""
-
-    name: str
-    checkpoint: str
-    roles: tuple[str, ...]
-    """The roles that look at it."""
-    parameters: int
-    """Of the whole model, LM head included, adapters not."""
-    trained: bool
-    weights: float
-    """LM head and buffers included."""
-    mapped: float
-    """Part of `weights` that stays in the file's pages (CPU): it is not anonymous memory."""
-    adapters: float
-
-
-@dataclass(frozen=True, slots=True)
-class RoleBytes:
-    """What a role holds of its own in one process, beside the backbone that it looks at."""
-
-    role: str
-    backbone: str
-    trained_parameters: int
-    """Of the whole role, not of the process's share."""
-    adapters: float
-    head: float
-    """The LM head where it is not tied (part of the backbone's weights), or the scalar head."""
-    gradients: float
-    optimizer: float
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseBytes:
-    """One process in one phase, at the phase's peak."""
-
-    phase: str
-    weights: float
-    """Backbones, adapters and heads that are in the device's memory (on a CPU: anonymous memory)."""
-    optimizer: float
-    gradients: float
-    activations: float
-    kv_cache: float
-    logits: float
-    trunk_states: float
-    """States after frozen layers that scoring keeps for the update."""
-    gathered: float
-    """Weights of layers that are whole for as long as they run (sharded engines)."""
-    at: str
-    """The stretch of code where the peak is."""
-
-    @property
-    def peak(self) -> float:
-        """All together."""
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, float]:
-        """The bytes by name."""
-        names = ("weights", "optimizer", "gradients", "activations", "kv_cache", "logits", "trunk_states", "gathered")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The whole prediction, per process."""
-
-    plan: SharingPlan
-    device: str
-    choices: Choices
-    workload: Workload
-    backbones: tuple[BackboneBytes, ...]
-    roles: tuple[RoleBytes, ...]
-    phases: tuple[PhaseBytes, ...]
-
-    @property
-    def peak(self) -> PhaseBytes:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.peak)
-
-    def phase(self, name: str) -> PhaseBytes:
-        """A phase by name."""
-        return next(phase for phase in self.phases if phase.phase == name)
-
-
-@dataclass(frozen=True, slots=True)
-class Ledger:
-    """What is in memory whatever the phase."""
-
-    backbones: tuple[BackboneBytes, ...]
-    roles: tuple[RoleBytes, ...]
-    heads: float
-    """Value and score head."""
-    load: PhaseBytes
-
-    @property
-    def weights(self) -> float:
-        """Backbones, adapters and heads once training has written to what it trains."""
-        return sum(b.weights - b.mapped + b.adapters for b in self.backbones) + self.heads
-
-    def fixed(self, name: str) -> PhaseBytes:
-        """A phase that holds nothing of its own: what every phase needs at least."""
-        optimizer = sum(role.optimizer for role in self.roles)
-        gradients = sum(role.gradients for role in self.roles)
-        return PhaseBytes(name, self.weights, optimizer, gradients, 0, 0, 0, 0, 0, "weights")
+LIBRARIES = 28 * 2**20
+"""On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, compiled
+kernels, model code imported at loading). Measured at 16 to 41 MiB with models of 15 to 110 million parameters, without a
+relation to their size; see benchmarks/memory_plan.py."""
+LIBRARIES_AT_LOAD = 6 * 2**20
+"""The part of it that loading brings in, measured at 3 to 9 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +61,10 @@ class Estimator:
         roles = tuple(self._role(plan, role, choices) for role in ROLES)
         heads = sum(role.head for role in roles if role.role in ("value", "reward"))
         after_load = sum(fresh for _, fresh in weights) + heads
-        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, 0, "weights")
-        return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, load)
+        on_cpu = self.device.type == "cpu"
+        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, 0, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
+        backbones = tuple(backbone for backbone, _ in weights)
+        return Ledger(backbones, roles, heads, LIBRARIES if on_cpu else 0, load)
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
@@ -170,6 +72,7 @@ class Estimator:
         fixed = ledger.fixed(name)
         return replace(
             fixed,
+            weights=fixed.weights - self._away(name, plan, choices, ledger),
             gradients=work.held[GRADIENTS] / gradient_shards(choices) if name == "update" else fixed.gradients,
             activations=work.held[ACTIVATIONS],
             kv_cache=work.held[CACHE],
@@ -275,6 +178,20 @@ class Estimator:
         width = sum(self._shape(spec.task, 0).hidden for spec in plan.backbones if spec.frozen_layers)
         tokens = self.workload.process_rows(choices.world_size) * self.workload.longest
         return tokens * width * torch_dtype(choices.dtype).itemsize
+
+    def _away(self, phase: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> float:
+        """Offloading: weights of frozen backbones that are in host memory while the phase does not use them.
+
+        In scoring the backbones take turns, and the largest of them counts.
+        """
+        if choices.offload == "none" or self.device.type == "cpu":
+            return 0
+        frozen = {b.name: b.weights + b.adapters for b in ledger.backbones if not b.trained}
+        users: dict[str, tuple[Role, ...]] = {"rollout": ("policy",), "update": ("policy", "value")}
+        if phase == "scoring":
+            return sum(frozen.values()) - max(frozen.values(), default=0)
+        used = {plan.view(role).backbone for role in users[phase]}
+        return sum(count for name, count in frozen.items() if name not in used)
 
     def _gathered(self, phase: str, plan: SharingPlan, choices: Choices) -> float:
         """Sharded engines: the layer that runs and the one that is fetched ahead are whole; so is the policy that

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quartet.errors import CheckpointError
 from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.shapes import BackboneShape
@@ -56,6 +59,9 @@ class Simulator:
 
         Args:
             shape: of the language model; the other backbones are taken to be as deep.
+
+        Raises:
+            CheckpointError: a model whose code needs data and not only shapes.
         """
         rows = choices.microbatch_rows if phase == "update" else choices.batch_rows
         key = (phase, rows, choices.world_size, *_what(plan, choices))
@@ -79,8 +85,15 @@ class Simulator:
         small = self._roles(plan, choices, depth, trunk)
         run: Callable[[MemoryTrace, Roles, Choices, Workload], None]
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
-        with small.mode, traced(small.roles) as trace:
-            run(trace, small.roles, choices, self._workload)
+        try:
+            with _quiet(), small.mode, traced(small.roles) as trace:
+                run(trace, small.roles, choices, self._workload)
+        except Exception as error:  # the code of any family may ask for data, which fake tensors do not have
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CheckpointError(
+                f"the memory of {self._sft.key}={self._sft.name!r} cannot be planned: its {phase} does not run without "
+                f"weights ({why})"
+            ) from error
         for tensor in tensors_of(small.roles):
             tensor.grad = None
         return {label: held for label, held in trace.peaks.items() if label and not label.startswith("setup")}
@@ -94,6 +107,18 @@ class Simulator:
             roles = fake_roles(shallow, self._sft, self._reward, choices, depth, mode)
             self._small[key] = _Small(roles, mode, depth, trunk)
         return self._small[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an operation that fails; the error says the same."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
@@ -146,7 +171,7 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         loss = loss + entropy.sum()
     del logprobs, entropy, values
     trace.stage = "backward"
-    trace.enter("losses")
+    trace.enter("start")
     loss.backward()
     for handle in handles:
         handle.remove()

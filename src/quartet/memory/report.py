@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quartet.config import Config
-from quartet.memory.estimate import Estimate, PhaseBytes
+from quartet.memory.figures import Estimate, PhaseBytes
 from quartet.memory.search import Candidate, Change, Found
 from quartet.memory.sizes import format_bytes
 
@@ -28,6 +28,7 @@ COLOURS = {
     "logits": "yellow",
     "trunk_states": "bright_green",
     "gathered": "bright_blue",
+    "libraries": "white",
 }
 SHOWN = 15
 """Rows of the table of candidates that do not fit."""

@@ -10,7 +10,8 @@ from typing import Any
 from quartet.config import Config, ModelsConfig, parse_config
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
-from quartet.memory.estimate import Estimate, Estimator, PhaseBytes
+from quartet.memory.estimate import Estimator
+from quartet.memory.figures import Estimate, PhaseBytes
 from quartet.memory.phases import PHASES
 from quartet.models.loading import plan_for
 from quartet.models.plan import SharingPlan
@@ -162,19 +163,13 @@ class _Trial:
         return Candidate(change, cost, config, exceeded, estimate)
 
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
-        """The peak of the candidate that needs least, and the candidate's change."""
-        best: tuple[PhaseBytes, Change] | None = None
-        for candidate in sorted(candidates, key=lambda c: (c.exceeded.peak if c.exceeded else 0.0, -c.cost)):
-            assert candidate.exceeded is not None
-            if best is not None and candidate.exceeded.peak >= best[0].peak:
-                break  # its whole peak is no smaller
-            plan = self._plan(candidate.config)
-            assert plan is not None
-            peak = self._estimator.estimate(plan, self._choices(candidate.config)).peak
-            if best is None or peak.peak < best[0].peak:
-                best = peak, candidate.change
-        assert best is not None, "the given configuration is a candidate too"
-        return best
+        """The peak of the candidate that needs least, and its change: one of those with the fewest rows."""
+        found: list[tuple[PhaseBytes, Change]] = []
+        for candidate in candidates:
+            plan, choices = self._plan(candidate.config), self._choices(candidate.config)
+            if plan is not None and choices == _fewest(choices):
+                found.append((self._estimator.estimate(plan, choices).peak, candidate.change))
+        return min(found, key=lambda item: item[0].peak)
 
     def _plan(self, config: Config) -> SharingPlan | None:
         sharing = config.models.sharing
@@ -189,7 +184,7 @@ class _Trial:
         return choices_of(config, self._estimator.device, world_size=self._world_size, engine=self._engine)
 
     def _even_at_fewest(self, plan: SharingPlan, choices: Choices) -> PhaseBytes | None:
-        frugal = replace(choices, microbatch_rows=1, batch_rows=1, checkpointing=True)
+        frugal = _fewest(choices)
         key = (plan.name, frugal)
         if key not in self._hopeless:
             self._hopeless[key] = self._exceeded(plan, frugal)
@@ -206,6 +201,10 @@ class _Trial:
             if phase.peak > self._memory:
                 return phase
         return None
+
+
+def _fewest(choices: Choices) -> Choices:
+    return replace(choices, microbatch_rows=1, batch_rows=1, checkpointing=True)
 
 
 def _rows(key: str, given: int) -> list[Option]:

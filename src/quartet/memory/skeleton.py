@@ -17,11 +17,12 @@ from quartet.memory.quantized import quantize
 from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
 from quartet.memory.trace import LayerLabels, MemoryTrace, vocabulary_of
 from quartet.models import adapters
+from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.heads import LogitHead, ScalarHead
-from quartet.models.loading import _finish, _upper, _views
-from quartet.models.plan import AdapterSpec, SharingPlan
+from quartet.models.loading import _finish, _views
+from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
 
@@ -78,7 +79,8 @@ def fake_roles(
     backbones: dict[str, Backbone] = {}
     for spec in plan.backbones:
         if spec.top_of is not None:
-            backbones[spec.name] = _upper(spec, backbones[spec.top_of])
+            info = sft if spec.task == "language_model" else reward
+            backbones[spec.name] = _twin(spec, info, backbones[spec.top_of], depth, mode)
             continue
         info = sft if spec.task == "language_model" else reward
         with torch.device("meta"):
@@ -97,9 +99,31 @@ def fake_roles(
     return _views(plan, backbones, score, value)
 
 
-def _to_fake(model: nn.Module, mode: Any) -> None:
-    """Put fake CPU tensors in place of a model's meta tensors; what was shared stays shared."""
-    made: dict[int, Tensor] = {}
+def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int, mode: Any) -> Backbone:
+    """The frozen twin of a backbone that trains its top, as `load_roles` copies it."""
+    with torch.device("meta"):
+        model = empty_model(info, spec.task, depth=depth)
+    theirs = below.model
+    frozen: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        shared = theirs.get_parameter(name)
+        if not shared.requires_grad:
+            frozen[id(parameter)] = shared
+    for name, buffer in model.named_buffers():
+        frozen[id(buffer)] = theirs.get_buffer(name)
+    _to_fake(model, mode, frozen)
+    model.eval().requires_grad_(False)
+    use_short_attention(model)
+    return Backbone(spec, model, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
+
+
+def _to_fake(model: nn.Module, mode: Any, made: dict[int, Tensor] | None = None) -> None:
+    """Put fake CPU tensors in place of a model's meta tensors; what was shared stays shared.
+
+    Args:
+        made: what to put in place of some of them, by id.
+    """
+    made = {} if made is None else made
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:

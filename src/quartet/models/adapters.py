@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from quartet.config import LoraConfig
 from quartet.errors import CheckpointError, ConfigError
 from quartet.models.checkpoint_info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, CheckpointInfo, read_tensor
+
+HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that leave the base alone; others (pissa, olora, corda, loftq) rewrite it."""
 
 
 class AdapterSwitch:
@@ -67,6 +71,13 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {' '.join(str(error).split())[:300]}"
         ) from error
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    heads = [path for path, layer in _layers(model) if name in layer.lora_A and not path.startswith(prefix)]
+    if heads:
+        raise ConfigError(
+            f"models.lora.target_modules={lora.target_modules!r} takes in the head {heads[0]}; "
+            "adapters are trained on the transformer's linear layers, leave it out"
+        )
     embeddings = [path for path, layer in _layers(model) if name in layer.lora_embedding_A]
     if embeddings:
         raise ConfigError(
@@ -83,6 +94,12 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
     """
     _refuse_lost_weights(model, info)
     content = {k: v for k, v in info.adapter_config.items() if v is not None}
+    start = content.pop("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in HARMLESS_STARTS:
+        raise CheckpointError(
+            f"{info.key}={info.adapter!r} was made with init_lora_weights={start!r}, which changes the base's own weights; "
+            "convert it to a plain LoRA adapter (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     content["inference_mode"] = False
     content["lora_dropout"] = 0.0
     content.pop("modules_to_save", None)  # the head is ours, not PEFT's
@@ -134,7 +151,7 @@ def attach_continuation(model: nn.Module, name: str, lora: LoraConfig, info: Che
         CheckpointError: the adapter is of a kind that cannot be continued so (DoRA, biases).
     """
     content = info.adapter_config
-    if content.get("use_dora") or content.get("bias", "none") != "none":
+    if content.get("use_dora") or content.get("lora_bias") or content.get("bias", "none") != "none":
         raise CheckpointError(
             f"{info.key}={info.adapter!r} uses DoRA or trained biases, which cannot be continued; merge it into its base"
         )
@@ -199,13 +216,14 @@ def detach(model: nn.Module, name: str) -> None:
 
 def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
     """Named parameters of one adapter."""
-    return [(key, parameter) for key, parameter in model.named_parameters() if f".{name}." in key and ".lora_" in key]
+    mine = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+    return [(key, parameter) for key, parameter in model.named_parameters() if mine.search(key)]
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Weights of one adapter under PEFT's names (`base_model.model.….lora_A.weight`), ready for safetensors."""
     return {
-        PEFT_PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous()
+        PEFT_PREFIX + re.sub(rf"(\.lora_\w+)\.{re.escape(name)}(\.|$)", r"\1\2", key): parameter.detach().contiguous()
         for key, parameter in adapter_parameters(model, name)
     }
 

@@ -90,6 +90,7 @@ def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -
         CheckpointError: nothing there, no configuration, an adapter whose base is missing, or pickled weights only.
     """
     key = f"models.{kind}"
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     if Path(name).is_file():
         raise CheckpointError(f"{key}={name!r} is a file; give the checkpoint's folder or a Hub id")
     adapter_file = _optional_file(name, ADAPTER_CONFIG)
@@ -115,20 +116,28 @@ def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -
 
 
 def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
-    """Whether two checkpoints rest on the same full weights, judged by headers and the ends of every tensor, not by path.
+    """Whether two checkpoints rest on the same full weights, judged by headers and bytes, not by path.
 
-    Heads may differ (a language model's file may hold `lm_head`, a classifier's `score`): the tensors that both files
-    share must agree in dtype and shape and be all but a head. Every one of them is looked at, because a base of which
-    only a few layers were trained further differs in those alone.
+    Heads may differ (a language model's file may hold `lm_head`, a classifier's `score`): tensors that only one file holds
+    must be one (an outermost layer with a row for each token, or with few rows). All shared tensors must agree in dtype and
+    shape, and in their bytes: small ones and whatever has a row for each token are compared whole, large ones at `_BLOCKS`
+    places.
     """
     mine, theirs = one.tensors, other.tensors
     shared = sorted(mine.keys() & theirs.keys())
     if not shared or any((mine[k].dtype, mine[k].shape) != (theirs[k].dtype, theirs[k].shape) for k in shared):
         return False
-    body = {k for k in mine.keys() | theirs.keys() if ".layers." in k or ".h." in k or k.count(".") >= 3}
-    if not body <= set(shared):
-        return False
-    return all(mine[k] == theirs[k] or _digest(mine[k]) == _digest(theirs[k]) for k in shared)
+    vocabulary = getattr(one.config.get_text_config(), "vocab_size", None)
+    for name in mine.keys() ^ theirs.keys():
+        rows = (mine.get(name) or theirs[name]).shape[:1]
+        head = name.count(".") == 1 and bool(rows) and (rows[0] == vocabulary or rows[0] <= _LABELS)
+        if not head:
+            return False
+    return all(
+        (mine[k].file.samefile(theirs[k].file) and mine[k].offsets == theirs[k].offsets)
+        or _digest(mine[k], vocabulary) == _digest(theirs[k], vocabulary)
+        for k in shared
+    )
 
 
 def weight_files(name: str, key: str) -> list[Path]:
@@ -197,14 +206,26 @@ def read_tensor(info: TensorInfo, name: str) -> Tensor:
         return tensor
 
 
-def _digest(info: TensorInfo) -> bytes:
-    """Hash of a tensor's first and last 64 KiB."""
+_BLOCKS, _BLOCK = 64, 16_384
+"""Places and bytes at which a large tensor is looked at; one below `_WHOLE` bytes is read whole."""
+_WHOLE = 4 << 20
+_LABELS = 64
+"""Most rows of a classifier's head."""
+
+
+def _digest(info: TensorInfo, vocabulary: int | None) -> bytes:
+    """Hash of a tensor's bytes, or of evenly spaced blocks of them."""
+    whole = info.nbytes <= _WHOLE or (vocabulary is not None and info.shape[:1] == (vocabulary,))
+    digest = hashlib.sha256()
     with info.file.open("rb") as stream:
-        data = 8 + struct.unpack("<Q", stream.read(8))[0]
-        stream.seek(data + info.offsets[0])
-        digest = hashlib.sha256(stream.read(min(info.nbytes, 65_536)))
-        stream.seek(data + max(info.offsets[0], info.offsets[1] - 65_536))
-        digest.update(stream.read(min(info.nbytes, 65_536)))
+        begin = 8 + struct.unpack("<Q", stream.read(8))[0] + info.offsets[0]
+        stream.seek(begin)
+        if whole:
+            digest.update(stream.read(info.nbytes))
+            return digest.digest()
+        for place in range(_BLOCKS):
+            stream.seek(begin + (info.nbytes - _BLOCK) * place // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK))
     return digest.digest()
 
 
@@ -218,7 +239,10 @@ def _model_config(base: str, key: str, trust_remote_code: bool, adapter: str | N
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where} cannot be read: no such folder, and as a Hub id: {reason}") from error
+        kind_of = "" if Path(base).is_dir() else "no such folder, and as a Hub id: "
+        raise CheckpointError(
+            f"{where} cannot be read: {kind_of}{reason}; give a folder written by save_pretrained"
+        ) from error
     assert isinstance(config, PretrainedConfig)
     return config
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.plan import Role, SharingPlan
@@ -161,8 +162,10 @@ class Roles:
         """Named parameters that training moves for `policy` or `value`, in a fixed order."""
         view, policy = self.plan.view(role), self.plan.view("policy")
         backbone = self.backbones[view.backbone]
-        mark = f".{view.adapter}." if view.adapter else ""
-        found = [(n, p) for n, p in backbone.model.named_parameters() if p.requires_grad and mark in n]
+        if view.adapter is not None:
+            found = adapter_parameters(backbone.model, view.adapter)
+        else:
+            found = [(name, p) for name, p in backbone.model.named_parameters() if p.requires_grad]
         if role == "value":
             if (view.backbone, view.adapter) == (policy.backbone, policy.adapter):
                 found = []  # a head on the policy's states: all else is the policy's

@@ -72,11 +72,12 @@ def refuse_long_sequences(infos: tuple[CheckpointInfo, ...], prompt: int, respon
         ConfigError: it does not fit.
     """
     for info in infos:
-        limit = getattr(info.config, "max_position_embeddings", None)
+        limit = getattr(info.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and prompt + response > limit:
             raise ConfigError(
-                f"data.max_prompt_tokens={prompt} plus rollout.response_length={response} is {prompt + response} tokens, "
-                f"and {info.key}={info.name!r} has {limit} positions; lower one of the two to fit"
+                f"the longest prompt ({prompt} tokens) plus rollout.response_length={response} is {prompt + response} "
+                f"tokens, and {info.key}={info.name!r} has {limit} positions; lower data.max_prompt_tokens or "
+                "rollout.response_length"
             )
 
 

@@ -109,12 +109,14 @@ def verify(folder: Path) -> None:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} is missing or damaged; resume from an earlier checkpoint"
+            f"{folder / MANIFEST} is missing or damaged; delete that folder to resume from the checkpoint before it"
         ) from error
     for name, (size, digest) in files.items():
         path = folder / Path(name).name
         if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
-            raise CheckpointError(f"{path} is missing, truncated or altered; resume from an earlier checkpoint")
+            raise CheckpointError(
+                f"{path} is missing, truncated or altered; delete that folder to resume from the checkpoint before it"
+            )
 
 
 def _weights(roles: Roles, role: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from quartet.errors import CheckpointError
 from quartet.models.adapters import save_adapter
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.plan import Role
@@ -22,18 +23,29 @@ def export(roles: Roles, folder: Path, *, sft: CheckpointInfo, reward: Checkpoin
     With LoRA both are PEFT adapter folders over the checkpoint's base (the value head among the adapter's weights);
     otherwise whole models of `AutoModelForCausalLM` and `AutoModelForSequenceClassification`.
     """
+    try:
+        _export(roles, folder, sft, reward, tokenizer)
+    except OSError as error:
+        raise CheckpointError(
+            f"the result could not be written to {folder} ({error.strerror or error}); free some space and run: "
+            f"quartet resume {folder}"
+        ) from error
+
+
+def _export(roles: Roles, folder: Path, sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
     critic = sft if roles.value.backbone is roles.policy.backbone and roles.plan.name != "single" else reward
     for role, info in (("policy", sft), ("value", critic)):
-        final, temporary = folder / role, folder / f".writing-{role}"
+        temporary = folder / f".writing-{role}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(roles, role, info, temporary)
+        _write(roles, role, info, temporary, tokenizer.pad_token_id)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
+    for role in ("policy", "value"):  # both are whole before either replaces an older one
+        shutil.rmtree(folder / role, ignore_errors=True)
+        (folder / f".writing-{role}").replace(folder / role)
 
 
-def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path) -> None:
+def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path, pad: int) -> None:
     view = roles.plan.view(role)
     backbone = roles.backbones[view.backbone]
     head = {} if role == "policy" else {roles.value.head.name: roles.value.head.weight.detach()}
@@ -49,7 +61,7 @@ def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path) -> None:
         prefix = model.base_model_prefix + "."
         state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)} | head
     before = model.config
-    model.config = _saved_config(role, info, model, backbone.model.dtype)
+    model.config = _saved_config(role, info, model, backbone.model.dtype, pad)
     try:
         model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
     finally:
@@ -63,7 +75,7 @@ def _classifier(info: CheckpointInfo) -> Any:
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=info.trust_remote_code)
 
 
-def _saved_config(role: Role, info: CheckpointInfo, model: Any, dtype: torch.dtype) -> Any:
+def _saved_config(role: Role, info: CheckpointInfo, model: Any, dtype: torch.dtype, pad: int) -> Any:
     """The checkpoint's own configuration (ours has dropout and cache switched off), of the right class and dtype."""
     config = copy.deepcopy(info.config)
     config.architectures = [type(model).__name__]
@@ -72,5 +84,5 @@ def _saved_config(role: Role, info: CheckpointInfo, model: Any, dtype: torch.dty
         config.num_labels = 1
         if config.pad_token_id is None:
             # A classifier needs one to find the last token of padded batches.
-            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+            config.pad_token_id = pad
     return config

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+
+
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Check that trackers can be used, before anything is written.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    if "tensorboard" in trackers and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "run.trackers has tensorboard, which is not installed; pip install quartet-rlhf[trackers] or leave it out"
+        )
 
 
 class MetricsWriter:

@@ -21,6 +21,9 @@ from quartet.run.samples import append_samples, evaluate, keep_samples
 from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs
 from quartet.stages.scoring import score_rollout
 
+LOGPROB_GAP = 0.05
+"""Mean difference of log-probabilities between rollout and trainer that is warned about, nats."""
+
 
 class Session:
     """Everything of one run that is not the algorithm."""
@@ -89,7 +92,12 @@ class Session:
 
     def finish_iteration(self, batch: Advantaged, stats: UpdateStats, *, learning_rate: float) -> dict[str, float]:
         """Move the run's counters on; returns the iteration's line for metrics.jsonl."""
-        rollout = batch.scored.rollout
+        rollout, gap = batch.scored.rollout, stats.metrics["rollout/logprob_gap"]
+        if gap > LOGPROB_GAP:
+            self.progress.say(
+                f"rollout and training disagree by {gap:.3f} nats a token (rollout/logprob_gap, over {LOGPROB_GAP}): the "
+                "update is off-policy from its first step; models.dtype=float32 removes rounding as a cause"
+            )
         self.state = RunState(
             iteration=self.state.iteration + 1,
             episodes=self.state.episodes + len(rollout.prompts),
@@ -139,7 +147,10 @@ class Session:
             yield
         except QuartetError as error:
             self.export()
-            raise type(error)(f"{error}; weights before this step are in {self.folder.path}") from error
+            raise type(error)(f"{error}; the weights as they were before are in {self.folder.path}") from error
+        except Exception:
+            self.export()
+            raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ from quartet.rewards.sources import RewardSource, build_sources
 from quartet.rollout.choose import make_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.run.data import PromptSet, hold_out, load_prompts
+from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.optimizer import make_optimizer
 
@@ -59,6 +60,7 @@ def read_inputs(config: Config, say: Say) -> Inputs:
         ConfigError, CheckpointError, DataError, RewardError: one sentence about the first thing that is wrong.
     """
     models, data = config.models, config.data
+    require_trackers(config.run.trackers)
     sft = read_checkpoint(models.sft, "sft", trust_remote_code=models.trust_remote_code)
     reward = read_checkpoint(models.reward, "reward", trust_remote_code=models.trust_remote_code)
     tokenizer, notices = load_tokenizer(sft, reward)
@@ -119,10 +121,17 @@ def load_everything(config: Config, inputs: Inputs, say: Say) -> Loaded:
 
 def _refuse_small_embedding(sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
     highest = max(tokenizer.get_vocab().values(), default=0)
+    sizes = {info.key: getattr(info.config.get_text_config(), "vocab_size", None) for info in (sft, reward)}
     for info in (sft, reward):
-        size = getattr(info.config, "vocab_size", None)
+        size = sizes[info.key]
         if size is not None and highest >= size:
             raise CheckpointError(
                 f"the tokenizer has ids up to {highest}, and {info.key}={info.name!r} has embeddings for {size} tokens; "
                 "use the tokenizer that the checkpoint was trained with"
             )
+    produced, read = sizes[sft.key], sizes[reward.key]
+    if produced is not None and read is not None and produced > read:
+        raise CheckpointError(
+            f"{sft.key}={sft.name!r} can produce {produced} token ids and {reward.key}={reward.name!r} has embeddings for "
+            f"{read}; resize the reward checkpoint's embeddings (model.resize_token_embeddings({produced})) and save it"
+        )

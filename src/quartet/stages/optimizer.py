@@ -20,7 +20,8 @@ def make_optimizer(roles: Roles, ppo: PPOConfig) -> torch.optim.Optimizer:
     ]
     for group in groups:
         group["base_lr"] = group["lr"]
-    return torch.optim.AdamW(
+    kinds = {"adamw": torch.optim.AdamW}
+    return kinds[options.name](
         groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
     )
 

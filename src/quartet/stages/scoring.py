@@ -57,10 +57,13 @@ def score_rollout(
         values[chosen] = roles.value(sequences, values_at[chosen])
         scores[chosen] = roles.reward.scores(sequences)
     _refuse_not_finite(scores, rollout, "reward model", "models.reward")
+    _refuse_not_finite(values.sum(-1), rollout, "value model", "ppo.value_learning_rate")
+    _refuse_not_finite(ref_logprobs.sum(-1), rollout, "reference", "models.sft")
     if extra is not None and decode is not None:
         lengths = table.response_lengths.tolist()
         responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
         scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
+        _refuse_not_finite(scores, rollout, "weighted sum of rewards", "rewards")
     return Scored(rollout, ref_logprobs, values, values_at, scores, trunks.rows())
 
 

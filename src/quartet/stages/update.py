@@ -24,13 +24,18 @@ class _Sums:
     totals: dict[str, Tensor] = field(default_factory=dict)
     max_log_ratio: Tensor | None = None
     norms: list[Tensor] = field(default_factory=list)
+    gap: Tensor | None = None
+    """[sum of |new - old| log-probability, tokens] of the first minibatch, before any step moved the weights."""
 
     def add(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             total = tensor.detach().sum()
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
-    def see(self, log_ratio: Tensor) -> None:
+    def see(self, log_ratio: Tensor, mask: Tensor) -> None:
+        if not self.norms:
+            gap = torch.stack([log_ratio.abs().sum(), mask.sum()]).detach()
+            self.gap = gap if self.gap is None else self.gap + gap
         largest = log_ratio.detach().abs().max()
         self.max_log_ratio = largest if self.max_log_ratio is None else torch.maximum(self.max_log_ratio, largest)
 
@@ -128,7 +133,7 @@ class Updater:
         )
         value = clipped_value_loss(values, old_values, batch.returns[part], value_mask, clip=ppo.value_clip)
         with torch.no_grad():
-            sums.see((logprobs - old_logprobs).where(mask, 0.0))
+            sums.see((logprobs - old_logprobs).where(mask, 0.0), mask)
             sums.add(
                 tokens=mask,
                 value_tokens=value_mask,
@@ -158,8 +163,16 @@ def _stats(engine: ProcessEngine, sums: _Sums, steps: int) -> UpdateStats:
         "kl/update": total["kl"] / tokens,
         "ratio/max_log": 0.0 if sums.max_log_ratio is None else sums.max_log_ratio.item(),
         "gradient/norm": torch.stack(sums.norms).mean().item(),
+        "rollout/logprob_gap": _gap(engine, sums),
     }
     return UpdateStats(metrics, steps, int(tokens))
+
+
+def _gap(engine: ProcessEngine, sums: _Sums) -> float:
+    """Mean |log-probability at sampling - in training| over the first minibatch's tokens, nats; rounding alone, ideally."""
+    assert sums.gap is not None
+    total, tokens = engine.sum(sums.gap).tolist()
+    return float(total / tokens)
 
 
 def _culprit(batch: Advantaged, losses: list[tuple[Tensor, Tensor]]) -> str:

@@ -1,0 +1,100 @@
+"""The run on fake tensors against the same code on real ones, and few layers against all of them."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import write_model
+from pipeline import Pipeline
+from quartet.config import LoraConfig
+from quartet.errors import CheckpointError
+from quartet.memory.choices import Choices, Workload, choices_of, workload_of
+from quartet.memory.estimate import Estimator
+from quartet.memory.phases import PHASES, Simulator
+from quartet.memory.shapes import shape_of
+from quartet.memory.skeleton import tensors_of
+from quartet.memory.trace import MemoryTrace
+from quartet.models.checkpoint_info import read_checkpoint
+from quartet.models.plan import Source, make_plan
+
+WORKLOAD = Workload(10, 6, 8, 1, False, 1.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("QUARTET_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"models.gradient_checkpointing": True}),
+        ("gpt2", {"models.lora": {"r": 4}, "models.sharing": "paired"}),
+        ("llama", {"models.lora": {"r": 4}, "models.sharing": "paired", "models.dtype": "bfloat16"}),
+        ("llama", {"models.freeze_layers": 1}),
+    ],
+)
+def test_fake_tensors_take_as_much_as_real_ones(tiny_run: Any, family: str, changes: dict[str, Any]) -> None:
+    one_microbatch = {"ppo.minibatches": 1, "ppo.microbatch_rows": 4, "ppo.epochs": 1, "rollout.stop": None}
+    pipeline = Pipeline(tiny_run(family, **one_microbatch, **{"rollout.batch_rows": 4}, **changes))
+    batch = pipeline.advantages(pipeline.score(pipeline.rollout()))
+    pipeline.update(batch)  # the optimizer's state is there from now on
+    longest = max(len(tokens) for tokens in batch.scored.rollout.prompts.tokens)
+    known = [*tensors_of(pipeline.roles), *(t for s in pipeline.loaded.optimizer.state.values() for t in s.values())]
+    pipeline.loaded.optimizer.zero_grad()
+    with MemoryTrace(known, vocabulary=-1) as trace:
+        trace.enter("update")
+        pipeline.update(batch)
+    real = sum(trace.peaks["update"].values())
+    device = torch.device("cpu")
+    estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config, longest), device)
+    phase = estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device)).phase("update")
+    # The real update also slices its batch and sums its metrics: a few hundred bytes a token.
+    assert phase.activations + phase.logits + phase.gradients == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("lora", "checkpointing"), [*itertools.product((None, LoraConfig(r=2)), (False, True))])
+def test_few_layers_tell_what_all_layers_take(
+    tmp_path: Any, phase: str, lora: LoraConfig | None, checkpointing: bool
+) -> None:
+    for name, task in (("sft", "lm"), ("reward", "classifier")):
+        write_model(tmp_path / name, "gemma2", task=task, num_hidden_layers=7)
+    sft, reward = read_checkpoint(str(tmp_path / "sft"), "sft"), read_checkpoint(str(tmp_path / "reward"), "reward")
+    sources = Source(sft.base, None), Source(reward.base, None)
+    plan = make_plan("auto", lora=lora is not None, sft=sources[0], reward=sources[1], bases_equal=False)
+    choices = Choices("auto", lora, "float32", checkpointing, microbatch_rows=4, batch_rows=4)
+    shape = shape_of(sft, "language_model")
+    assert (shape.layers, shape.period) == (7, 2)
+    simulator = Simulator(sft, reward, WORKLOAD)
+    found = simulator.working(phase, plan, choices, shape)
+    whole = Simulator(sft, reward, WORKLOAD).working(phase, plan, choices, replace(shape, period=7))
+    assert found == whole
+
+
+def test_offloaded_backbones_take_turns(tiny_run: Any) -> None:
+    values = tiny_run("llama", **{"models.lora": {"r": 4}, "models.sharing": "paired"})
+    pipeline = Pipeline(values)
+    estimator = Estimator(
+        pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), torch.device("cuda")
+    )
+    choices = choices_of(pipeline.config, torch.device("cpu"))
+    held = estimator.estimate(pipeline.inputs.plan, choices)
+    away = estimator.estimate(pipeline.inputs.plan, replace(choices, offload="cpu"))
+    sft, reward = (backbone.weights + backbone.adapters for backbone in held.backbones)
+    saved = {phase: held.phase(phase).weights - away.phase(phase).weights for phase in PHASES}
+    assert saved == {"rollout": reward, "scoring": min(sft, reward), "update": 0}
+
+
+def test_a_model_that_needs_data_is_refused_by_name(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(tiny_run("llama"))
+    monkeypatch.setattr("quartet.memory.phases._scoring", lambda *_: torch.empty(3).nonzero())
+    estimator = Estimator(
+        pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), torch.device("cpu")
+    )
+    with pytest.raises(CheckpointError, match=r"models\.sft=.*cannot be planned: its scoring"):
+        estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, torch.device("cpu")))

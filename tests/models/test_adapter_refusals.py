@@ -1,0 +1,87 @@
+"""Adapters that would change the base, lose weights or sit on a head are refused; names match exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import edit_json, write_adapter
+from pipeline import Pipeline
+from torch import nn
+
+from quartet.errors import CheckpointError, ConfigError
+from quartet.models.adapters import adapter_parameters, adapter_state
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda"])
+def test_starts_that_rewrite_the_base_are_refused(start: str, library: Any, tiny_run: Any, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"))
+    edit_json(adapter / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(CheckpointError, match=rf"init_lora_weights='{start}', which changes the base's own weights"):
+        Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
+
+
+def test_an_adapter_with_lora_biases_is_not_continued(library: Any, tiny_run: Any, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"), lora_bias=True)
+    with pytest.raises(CheckpointError, match="DoRA or trained biases"):
+        Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
+
+
+def test_a_head_is_no_target(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match="takes in the head lm_head"):
+        Pipeline(tiny_run("llama", **{"models.lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}}))
+
+
+def test_a_module_of_the_adapters_name_is_not_the_adapter() -> None:
+    layer = nn.Module()
+    layer.lora_A = nn.ModuleDict({"value": nn.Linear(2, 2, bias=False), "policy": nn.Linear(2, 2, bias=False)})
+    attention = nn.Module()
+    attention.value = layer
+    model = nn.Module()
+    model.attention = attention
+    assert [name for name, _ in adapter_parameters(model, "value")] == ["attention.value.lora_A.value.weight"]
+    assert list(adapter_state(model, "value")) == ["base_model.model.attention.value.lora_A.weight"]
+
+
+def test_a_base_with_other_embedding_rows_is_another_base(library: Any, tmp_path: Path) -> None:
+    """The middle of an embedding too large to be looked at only at its ends."""
+    from checkpoints import write_model
+    from safetensors.torch import load_file, save_file
+
+    from quartet.models.checkpoint_info import read_checkpoint, same_base
+
+    first = write_model(tmp_path / "first", "llama", vocab_size=70_000)
+    second = write_model(tmp_path / "second", "llama", vocab_size=70_000)
+    one, other = read_checkpoint(str(first), "sft"), read_checkpoint(str(second), "reward")
+    assert same_base(one, other)
+    tensors = load_file(second / "model.safetensors")
+    tensors["model.embed_tokens.weight"][35_000] += torch.ones(())
+    save_file(tensors, second / "model.safetensors", metadata={"format": "pt"})
+    assert not same_base(one, read_checkpoint(str(second), "reward"))
+
+
+def test_a_policy_with_more_tokens_than_the_reward_model_reads_is_refused(tiny_run: Any, tmp_path: Path) -> None:
+    from checkpoints import VOCABULARY, write_model
+
+    wide = write_model(tmp_path / "wide", "llama", vocab_size=VOCABULARY + 40)
+    with pytest.raises(CheckpointError, match=rf"can produce {VOCABULARY + 40} token ids.*embeddings for {VOCABULARY}"):
+        Pipeline(tiny_run("llama", **{"models.sft": str(wide)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("rollout.stop", True, "true was given"),
+        ("ppo.iterations", True, "true was given"),
+    ],
+)
+def test_switches_are_not_numbers(tiny_run: Any, key: str, value: Any, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        Pipeline(tiny_run("llama", **{key: value}))
+
+
+def test_a_penalty_that_would_fall_on_every_episode_is_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match="would fall on every episode"):
+        Pipeline(tiny_run("llama", **{"rollout.stop": None, "ppo.missing_eos_penalty": 1.0}))
