@@ -24,7 +24,8 @@ def test_starts_that_rewrite_the_base_are_refused(start: str, library: Any, tiny
 
 
 def test_an_adapter_with_lora_biases_is_not_continued(library: Any, tiny_run: Any, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"), lora_bias=True)
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"))
+    edit_json(adapter / "adapter_config.json", lora_bias=True)
     with pytest.raises(CheckpointError, match="DoRA or trained biases"):
         Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
 

@@ -266,6 +266,8 @@ def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> N
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         # Several adapters on one backbone are what the sharing plans are about.
         warnings.filterwarnings("ignore", message=".*Already found a `peft_config` attribute.*")
+        # Nothing is merged into the weights of a layer that lacks the bias.
+        warnings.filterwarnings("ignore", message=".*lora_bias.*")
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, parameter in adapter_parameters(model, name):
         parameter.data = parameter.data.float()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.models.roles import LanguageView
 from quartet.rollout.linears import fast_linears
@@ -17,8 +16,6 @@ from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, la
 
 COLUMN_STEP = 16
 """Attention runs over a multiple of so many columns, so that its shapes repeat."""
-SMALL_KEYS = 2**21
-"""Numbers in the keys of one layer up to which `_attention` computes in float32."""
 TOLERANCES = {torch.float32: 1e-3}
 """Relative error of hidden states that `check` puts down to rounding; 0.1 in lower precisions."""
 
@@ -31,7 +28,6 @@ class Decoder:
         self._transformer = backbone.transformer
         self._patterns = layer_patterns(backbone.model.config)
         self._dtype = backbone.dtype
-        self._ungrouped_size = _ungrouped_size(backbone.model.config) if backbone.device.type == "cpu" else 0
         if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
             raise NotDrivable("it takes no position_ids")
 
@@ -67,26 +63,15 @@ class Decoder:
         """
         columns = _rounded(longest + 1)
         cache.decode(positions, columns)
-        with self._attention(len(tokens) * columns):
-            output: Any = self._transformer(
-                input_ids=tokens[:, None],
-                position_ids=positions[:, None],
-                attention_mask=decode_masks(self._patterns, positions, columns, self._dtype),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        output: Any = self._transformer(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            attention_mask=decode_masks(self._patterns, positions, columns, self._dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
         states: Tensor = output.last_hidden_state
         return states[:, -1]
-
-    def _attention(self, keys: int) -> AbstractContextManager[object]:
-        """The attention kernel for one query a row over so many keys a head.
-
-        torch's fused bfloat16 kernel for the CPU is made for many queries; for one, products in float32 are up to 2.5
-        times faster, and nearer to the exact result, as long as the keys of a layer in float32 stay in the processor's
-        cache. With heads in groups the fused kernel has several queries for the same keys and keeps up.
-        """
-        small = 0 < keys * self._ungrouped_size <= SMALL_KEYS
-        return sdpa_kernel(SDPBackend.MATH) if small and self._dtype == torch.bfloat16 else nullcontext()
 
 
 @contextmanager
@@ -140,14 +125,6 @@ def check(decoder: Decoder, policy: LanguageView) -> None:
     worst = float(error_size.max())
     if not worst <= TOLERANCES.get(policy.backbone.dtype, 0.1):
         raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")
-
-
-def _ungrouped_size(config: Any) -> int:
-    """Numbers in one token's keys where every head has its own, 0 where several heads share keys."""
-    config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads * size if getattr(config, "num_key_value_heads", heads) == heads else 0
 
 
 def _rounded(columns: int) -> int:
