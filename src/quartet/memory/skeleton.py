@@ -133,10 +133,11 @@ def _to_fake(model: nn.Module, mode: Any, made: dict[int, Tensor] | None = None)
         return made[id(tensor)]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        registers: tuple[Any, ...] = (module._parameters, module._buffers)
+        for held in registers:
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = fake(tensor)  # type: ignore[assignment]
+                    held[name] = fake(tensor)
 
 
 def _lora(adapter: AdapterSpec, choices: Choices, info: CheckpointInfo) -> LoraConfig:
