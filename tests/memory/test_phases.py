@@ -53,8 +53,8 @@ def test_fake_tensors_take_as_much_as_real_ones(tiny_run: Any, family: str, chan
     device = torch.device("cpu")
     estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config, longest), device)
     phase = estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device)).phase("update")
-    # The real update also slices its batch and sums its metrics: a few hundred bytes a token.
-    assert phase.activations + phase.logits + phase.gradients == pytest.approx(real, rel=0.02)
+    # The real update also slices its batch and sums its metrics: under a kilobyte here.
+    assert phase.activations + phase.logits + phase.gradients == pytest.approx(real, rel=0.01)
 
 
 @pytest.mark.parametrize("phase", PHASES)

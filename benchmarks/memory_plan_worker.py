@@ -1,0 +1,249 @@
+"""One configuration of the memory benchmark: its checkpoints, its two iterations, its prediction.
+
+Run by memory_plan.py in a process of its own: `--task measure|predict --root FOLDER --spec JSON` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, dict[str, Any]] = {
+    "S": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "intermediate_size": 2048,
+        "vocab_size": 8192,
+        "tie_word_embeddings": False,
+    },
+    "M": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "intermediate_size": 2048,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+}
+PROMPT, RESPONSE = 32, 32
+SEED = 0
+
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """Name to the `models` section (checkpoints by size and kind) and the rows."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, size: str, rows: int = 8, **models: Any) -> None:
+        found[name] = {"size": size, "rows": rows, "models": {"dtype": "float32", "sharing": "separate"} | models}
+
+    paired: dict[str, Any] = {"lora": {"r": 16}, "sharing": "paired"}
+    single = paired | {"sharing": "single"}
+    for size, rows in (("S", 8), ("M", 4)):
+        add(f"{size} full", size, rows)
+        add(f"{size} full checkpointing", size, rows, gradient_checkpointing=True)
+        add(f"{size} full bfloat16", size, rows, dtype="bfloat16")
+        add(f"{size} lora paired", size, rows, **paired)
+        add(f"{size} lora single", size, rows, **single)
+        add(f"{size} lora single checkpointing", size, rows, **single, gradient_checkpointing=True)
+    add("S full, 3 layers frozen", "S", freeze_layers=3)
+    add("S lora separate", "S", **paired | {"sharing": "separate"})
+    add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
+    add("S lora paired bfloat16", "S", **paired, dtype="bfloat16")
+    add("S lora paired 4bit", "S", **paired, quantization="4bit")
+    add("S lora paired 8bit", "S", **paired, quantization="8bit")
+    return found
+
+
+def run_config(root: Path, spec: dict[str, Any]) -> Any:
+    """The Quartet configuration of one entry of `configurations`."""
+    from quartet.config import parse_config
+
+    folder = root / spec["size"]
+    reward = "reward-lora" if spec["models"]["sharing"] == "single" else "reward"
+    return parse_config(
+        {
+            "models": {"sft": str(folder / "sft"), "reward": str(folder / reward), **spec["models"]},
+            "data": {"prompts": "unused", "max_prompt_tokens": PROMPT},
+            "rollout": {"batch_size": 2 * spec["rows"], "response_length": RESPONSE, "batch_rows": 2 * spec["rows"]},
+            "ppo": {"epochs": 1, "minibatches": 1, "microbatch_rows": spec["rows"]},
+            "run": {"seed": SEED},
+        }
+    )
+
+
+def write_checkpoints(root: Path, size: str) -> None:
+    """Random float32 checkpoints: `sft`, `reward`, and `reward-lora`, an adapter over `sft`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    config = LlamaConfig(**SIZES[size], max_position_embeddings=1024, num_labels=1, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(root / size / "sft")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(root / size / "reward")
+    base = AutoModelForSequenceClassification.from_pretrained(root / size / "sft", num_labels=1)
+    adapted = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS"))
+    adapted.save_pretrained(root / size / "reward-lora")
+
+
+class Probe:
+    """Peak memory of each phase over a floor."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.floor = 0
+        self.peaks: dict[str, int] = {}
+        self._largest = 0
+        self._running = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        import torch
+
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            self.peaks[name] = torch.cuda.max_memory_allocated()
+            return
+        self._largest, self._running = anonymous(), True
+        thread = threading.Thread(target=self._sample, daemon=True)
+        thread.start()
+        yield
+        self._running = False
+        thread.join()
+        self.peaks[name] = self._largest - self.floor
+
+    def _sample(self) -> None:
+        while self._running:
+            self._largest = max(self._largest, anonymous())
+            time.sleep(0.004)
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs (RssAnon)."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Two iterations; in this process."""
+    import torch
+
+    from quartet.models.checkpoint_info import read_checkpoint
+    from quartet.models.loading import load_roles, plan_for
+    from quartet.records import Prompts
+    from quartet.rollout.choose import make_engine
+    from quartet.rollout.engine import SamplingSettings
+    from quartet.stages.advantages import compute_advantages
+    from quartet.stages.optimizer import make_optimizer
+    from quartet.stages.scoring import score_rollout
+    from quartet.stages.update import Updater
+
+    config = run_config(root, spec)
+    cuda = torch.cuda.is_available()
+    probe = Probe(cuda)
+    warm_up(torch.device("cuda" if cuda else "cpu"))
+    probe.floor = 0 if cuda else anonymous()
+    sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
+    with probe.phase("load"):
+        from quartet.distributed import start_engine
+
+        roles = load_roles(config.models, plan_for(config.models, sft, reward), sft, reward, seed=SEED)
+        optimizer = make_optimizer(roles, config.ppo)
+    settings = SamplingSettings(RESPONSE, 1.0, 1.0, None, 0, config.rollout.batch_rows, SEED)
+    generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
+    updater = Updater(roles.trained, optimizer, start_engine(), config.ppo, temperature=1.0, seed=SEED)
+    torch.manual_seed(SEED)
+    count = config.rollout.batch_size
+    # Half of the prompts are shorter, as in a real batch; the longest ones decide the peak.
+    lengths = [PROMPT if row % 2 == 0 else PROMPT - row % 16 for row in range(count)]
+    vocabulary = SIZES[spec["size"]]["vocab_size"]
+    tokens = tuple(torch.randint(1, vocabulary, (length,)) for length in lengths)
+    prompts = Prompts(tuple(range(count)), ("",) * count, tokens)
+    for iteration in (1, 2):
+        with probe.phase("rollout"):
+            rollout = generator.generate(prompts)
+        with probe.phase("scoring"):
+            scored = score_rollout(rollout, roles, temperature=1.0, placement="stop", rows=config.rollout.batch_rows)
+        batch = compute_advantages(scored, config.ppo, kl_coef=0.05)
+        with probe.phase("update"):
+            updater.update(batch, iteration=iteration)
+    return {"measured": probe.peaks, "floor": probe.floor, "exact": exact_bytes(roles, optimizer)}
+
+
+def print_aside(line: str) -> None:
+    """Notices go to stderr: stdout holds the result."""
+    print(line, file=sys.stderr)
+
+
+def warm_up(device: Any) -> None:
+    """Start the thread pools and the libraries that the first matrix product brings in."""
+    import torch
+
+    layer = torch.nn.Linear(64, 64, device=device)
+    layer(torch.ones(64, 64, device=device)).sum().backward()
+
+
+def exact_bytes(roles: Any, optimizer: Any) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state that exist."""
+    import torch
+
+    from quartet.models.loading import count_bytes
+
+    modules = [*(backbone.model for backbone in roles.backbones.values()), roles.value.head, roles.reward.head]
+    gradients = sum(p.grad.nbytes for group in optimizer.param_groups for p in group["params"])
+    state = sum(v.nbytes for held in optimizer.state.values() for v in held.values() if isinstance(v, torch.Tensor))
+    return {"parameters": count_bytes(modules), "gradients": gradients, "optimizer": state}
+
+
+def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """What the planner says."""
+    import torch
+
+    from quartet.memory.choices import choices_of, workload_of
+    from quartet.memory.estimate import Estimator
+    from quartet.models.checkpoint_info import read_checkpoint
+    from quartet.models.loading import plan_for
+
+    config = run_config(root, spec)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
+    start = time.perf_counter()
+    estimator = Estimator(sft, reward, workload_of(config), device)
+    estimate = estimator.estimate(plan_for(config.models, sft, reward), choices_of(config, device))
+    seconds = time.perf_counter() - start
+    exact = {
+        "parameters": sum(b.weights + b.adapters for b in estimate.backbones)
+        + sum(r.head for r in estimate.roles if r.role in ("value", "reward")),
+        "gradients": sum(r.gradients for r in estimate.roles),
+        "optimizer": sum(r.optimizer for r in estimate.roles),
+    }
+    phases = {phase.phase: {"peak": phase.peak, "at": phase.at, **phase.parts()} for phase in estimate.phases}
+    return {"phases": phases, "exact": exact, "seconds": seconds}
+
+
+def main() -> None:
+    """One task, its result as JSON on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("measure", "predict"), required=True)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--spec", type=json.loads, required=True)
+    options = parser.parse_args()
+    print(json.dumps((measure if options.task == "measure" else predict)(options.root, options.spec)))
+
+
+if __name__ == "__main__":
+    main()
