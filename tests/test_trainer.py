@@ -175,7 +175,8 @@ def test_damaged_checkpoint_is_named(name: str, damage: str, finished: Path) -> 
         path.unlink()
     with pytest.raises(CheckpointError) as caught:
         resume(finished)
-    assert str(caught.value) == f"{path} is missing, truncated or altered; delete that folder to resume from the checkpoint before it"
+    reason = "missing, truncated or altered; delete that folder to resume from the checkpoint before it"
+    assert str(caught.value) == f"{path} is {reason}"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": []}', '{"files": {"state.json": 1}}'])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json, write_adapter
-from pipeline import Pipeline
 from torch import nn
 
+from checkpoints import edit_json, write_adapter
+from pipeline import Pipeline
 from quartet.errors import CheckpointError, ConfigError
 from quartet.models.adapters import adapter_parameters, adapter_state
 
@@ -24,8 +24,7 @@ def test_starts_that_rewrite_the_base_are_refused(start: str, library: Any, tiny
 
 
 def test_an_adapter_with_lora_biases_is_not_continued(library: Any, tiny_run: Any, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"))
-    edit_json(adapter / "adapter_config.json", lora_bias=True)
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"), lora_bias=True)
     with pytest.raises(CheckpointError, match="DoRA or trained biases"):
         Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
 
@@ -48,9 +47,9 @@ def test_a_module_of_the_adapters_name_is_not_the_adapter() -> None:
 
 def test_a_base_with_other_embedding_rows_is_another_base(library: Any, tmp_path: Path) -> None:
     """The middle of an embedding too large to be looked at only at its ends."""
-    from checkpoints import write_model
     from safetensors.torch import load_file, save_file
 
+    from checkpoints import write_model
     from quartet.models.checkpoint_info import read_checkpoint, same_base
 
     first = write_model(tmp_path / "first", "llama", vocab_size=70_000)

@@ -71,8 +71,9 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {' '.join(str(error).split())[:300]}"
         ) from error
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    heads = [path for path, layer in _layers(model) if name in layer.lora_A and not path.startswith(prefix)]
+    body = getattr(model, "base_model_prefix", "")
+    outside = [path for path, layer in _layers(model) if name in layer.lora_A and not path.startswith(f"{body}.")]
+    heads = outside if body else []
     if heads:
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} takes in the head {heads[0]}; "
