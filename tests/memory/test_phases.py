@@ -98,3 +98,20 @@ def test_a_model_that_needs_data_is_refused_by_name(tiny_run: Any, monkeypatch: 
     )
     with pytest.raises(CheckpointError, match=r"models\.sft=.*cannot be planned: its scoring"):
         estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, torch.device("cpu")))
+
+
+def test_gradients_of_the_microbatches_before_are_there(tiny_run: Any) -> None:
+    """With several microbatches the gradients stay while the next one's graph is built."""
+    shared = {"ppo.minibatches": 1, "rollout.stop": None}
+    one, two = (
+        Pipeline(tiny_run("llama", **shared, **{"ppo.microbatch_rows": 2, "rollout.batch_size": size}))
+        for size in (2, 4)
+    )
+    device = torch.device("cpu")
+    held = []
+    for pipeline in (one, two):
+        estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config, 4), device)
+        held.append(estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device)).phase("update"))
+    trained = sum(p.nbytes for role in ("policy", "value") for _, p in one.roles.trained_parameters(role))  # type: ignore[arg-type]
+    assert held[1].gradients == trained
+    assert held[0].peak < held[1].peak
