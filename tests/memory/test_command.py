@@ -1,6 +1,5 @@
 """`quartet plan` from a YAML file to tables, JSON and exit codes."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,14 @@ import pytest
 import torch
 import yaml
 
+from quartet.cli import main
 from quartet.config import parse_config
 from quartet.errors import ConfigError
-from quartet.memory.command import (
-    add_arguments,
-    free_memory,
-    predict,
-    predicted_and_measured,
-    refuse_too_large,
-    run_plan,
-)
+from quartet.memory import free
+from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
+from quartet.memory.free import free_memory
 from quartet.models.checkpoint_info import read_checkpoint
+from quartet.models.loading import plan_for
 
 SMALL = {
     "hidden_size": 64,
@@ -46,9 +42,7 @@ LORA_16 = 80 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
 def plan(tmp_path: Path, values: dict[str, Any], *arguments: str) -> int:
     """Run the command on a YAML file of these values."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_plan(parser.parse_args([str(tmp_path / "run.yaml"), *arguments]))
+    return main(["plan", str(tmp_path / "run.yaml"), *arguments])
 
 
 @pytest.fixture
@@ -59,7 +53,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr("quartet.models.checkpoint_info.safe_open", refuse)
-    monkeypatch.setattr("quartet.models.checkpoint_info._digest", refuse)
+    monkeypatch.setattr("quartet.models.base_comparison.digest_of", refuse)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -118,6 +112,7 @@ def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
         "gradients",
         "head",
         "optimizer",
+        "paged",
         "role",
         "trained_parameters",
     ]
@@ -161,7 +156,7 @@ def test_train_refuses_what_does_not_fit_unless_forced(hollow: Any) -> None:
     values = hollow(SMALL)
     config = parse_config(values)
     sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
-    estimate = predict(config, sft, reward, longest_prompt=8)
+    estimate = predict(config, plan_for(config.models, sft, reward), sft, reward, longest_prompt=8)
     refuse_too_large(estimate, None)
     refuse_too_large(estimate, round(estimate.peak.peak) + 1)
     with pytest.raises(ConfigError, match="--force"):
@@ -178,9 +173,50 @@ def test_free_memory_is_no_more_than_the_machine_has() -> None:
     assert free is None or 0 < free < 2**50
 
 
-def test_wrong_arguments(tmp_path: Path, hollow: Any) -> None:
+CGROUP_2 = {
+    "cgroup": "0::/jobs/mine\n",
+    "jobs/mine/memory.max": "max\n",
+    "jobs/mine/memory.current": "700\n",
+    "jobs/memory.max": "1000\n",
+    "jobs/memory.current": "800\n",
+    "jobs/memory.stat": "anon 500\nfile 300\nactive_file 100\ninactive_file 150\nshmem 50\n",
+}
+"""The group around the process's own has a limit; 250 of its 800 bytes are pages of files."""
+CGROUP_1 = {
+    "cgroup": "5:cpu:/\n4:memory,pids:/outside/of/the/container\n0::/\n",
+    "memory/memory.limit_in_bytes": "2000\n",
+    "memory/memory.usage_in_bytes": "900\n",
+    "memory/memory.stat": "active_file 0\ninactive_file 25\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (CGROUP_2, 450),
+        (CGROUP_1, 1125),
+        (CGROUP_1 | {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 5 * 1024),
+        (CGROUP_2 | {"jobs/memory.current": "2000\n", "jobs/memory.stat": ""}, 0),
+        ({"cgroup": ""}, 5 * 1024),
+    ],
+)
+def test_limits_of_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:       5 kB\n")
+    for name, path in (("_MOUNT", tmp_path), ("_CGROUP", tmp_path / "cgroup"), ("_MEMINFO", tmp_path / "meminfo")):
+        monkeypatch.setattr(free, name, path)
+    assert free_memory(torch.device("cpu")) == expected
+
+
+def test_wrong_arguments(tmp_path: Path, hollow: Any, capsys: pytest.CaptureFixture[str]) -> None:
     values = hollow(SMALL)
-    with pytest.raises(ConfigError, match="--processes=0"):
+    with pytest.raises(SystemExit) as stopped:
         plan(tmp_path, values, "--processes", "0")
-    with pytest.raises(ConfigError, match="24 gigs"):
-        plan(tmp_path, values, "--memory", "24 gigs")
+    assert stopped.value.code == 2
+    capsys.readouterr()
+    assert plan(tmp_path, values, "--memory", "24 gigs") == 2
+    assert "24 gigs" in capsys.readouterr().err

@@ -95,3 +95,29 @@ def test_nothing_fits(hollow: Any) -> None:
 )
 def test_describe(change: dict[str, Any], expected: str) -> None:
     assert describe(change) == expected
+
+
+def test_optimizer_state_in_8_bit_is_offered_to_full_fine_tuning(hollow: Any) -> None:
+    wide = SIZES | {"vocab_size": 4000}
+    values = hollow(wide, **{"models.dtype": "float32", "models.device": "cuda", "rollout.batch_rows": 1})
+    values["ppo"] = {"microbatch_rows": 1}
+    config = parse_config(values)
+    names = {option.key: [o.value for o in axis] for axis in options(config, estimator_for(config)) for option in axis}
+    assert names["ppo.optimizer.name"] == ["adamw", "adamw8bit", "paged_adamw8bit"]
+    eight, given = peak(values, {"ppo.optimizer.name": "adamw8bit"}), peak(values, {})
+    parameters = 4000 * 64 * 2
+    assert given - eight > 5.9 * parameters  # of 8 bytes a parameter, 2 and a scale for every 256 are left
+    nested = changed(config, {"ppo.optimizer.name": "adamw8bit", "ppo.microbatch_rows": 1})
+    assert (nested.ppo.optimizer.name, nested.ppo.microbatch_rows) == ("adamw8bit", 1)
+    lora = parse_config(hollow(SIZES, **{"models.lora": {"r": 4}, "models.device": "cuda"}))
+    assert "ppo.optimizer.name" not in {axis[0].key for axis in options(lora, estimator_for(lora))}
+
+
+def test_what_offloading_cannot_move_is_not_offered(hollow: Any) -> None:
+    values = hollow(SIZES, **{"models.lora": {"r": 4}, "models.device": "cuda", "models.sharing": "paired"})
+    config = parse_config(values)
+    found = search(config, estimator_for(config), 2**16)
+    assert found.chosen is None
+    tried = [candidate.change for candidate in found.nearer]
+    assert {"models.offload": "cpu"} in tried
+    assert not any("models.offload" in change and change.get("models.quantization") == "8bit" for change in tried)

@@ -6,10 +6,8 @@ Everything random in Quartet is a function of the seed and of running numbers (i
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ from torch import Tensor
 
 from quartet.errors import CheckpointError
 from quartet.models.roles import Roles
+from quartet.run.checkpoint_folder import list_checkpoints, remove_checkpoint, verify, written_whole
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
+FILES = ("policy.safetensors", "value.safetensors", "optimizer.safetensors", STATE)
 FORMAT = 1
 
 
@@ -37,6 +36,8 @@ class RunState:
     """Episodes consumed: the data cursor and the key of sampling."""
     kl_coef: float
     """The coefficient in force."""
+    bad_steps: int = 0
+    """Optimizer steps in a row up to now that were not taken, because a loss or the gradient was not finite."""
 
 
 def save_checkpoint(
@@ -48,33 +49,30 @@ def save_checkpoint(
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     final = folder / f"step-{state.iteration:06d}"
-    temporary = folder / f".writing-{final.name}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for role in ("policy", "value"):
-            _save(temporary / f"{role}.safetensors", _weights(roles, role))
-        _save(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
-        (temporary / STATE).write_text(json.dumps(asdict(state) | {"format": FORMAT}) + "\n", "utf-8")
-        _write_manifest(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.replace(final)
-        _sync(folder)
+        with written_whole(final) as temporary:
+            for role in ("policy", "value"):
+                _save(temporary / f"{role}.safetensors", _weights(roles, role))
+            _save(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
+            write_state(temporary, state)
+        finish_checkpoint(folder, keep)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints "
-            "are intact, free some space and resume"
+            f"are intact, free some space and go on with: quartet resume {folder.parent}"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+def write_state(folder: Path, state: RunState) -> None:
+    """Write state.json."""
+    (folder / STATE).write_text(json.dumps(asdict(state) | {"format": FORMAT}) + "\n", "utf-8")
+
+
+def finish_checkpoint(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in list_checkpoints(folder)[:-keep]:
+        remove_checkpoint(old)
 
 
 def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer) -> RunState:
@@ -83,40 +81,46 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
     Raises:
         CheckpointError: a file is missing, of another size or content, or does not fit the run's configuration.
     """
-    verify(folder)
-    state = json.loads((folder / STATE).read_text("utf-8"))
-    if state.pop("format") != FORMAT:
-        raise CheckpointError(f"{folder} was written by another version of Quartet; resume it with that version")
-    for role in ("policy", "value"):
-        stored, own = load_file(folder / f"{role}.safetensors"), _weights(roles, role)
+    verify(folder, FILES)
+    state = read_state(folder)
+    try:
+        # Mapped from the files, so that no second copy of all weights is in memory.
+        weights = {role: load_file(folder / f"{role}.safetensors") for role in ("policy", "value")}
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint of Quartet ({error}); restore it from a copy") from error
+    for role, stored in weights.items():
+        own = _weights(roles, role)
         if stored.keys() != own.keys() or any(stored[k].shape != own[k].shape for k in own):
             raise CheckpointError(f"{folder} holds other weights than this run's configuration trains ({role})")
-        with torch.no_grad():
-            for key, tensor in own.items():
+    with torch.no_grad():
+        for role, stored in weights.items():
+            for key, tensor in _weights(roles, role).items():
                 tensor.copy_(stored[key])
-    _load_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
-    return RunState(**state)
+    _load_optimizer(optimizer, moments)
+    return state
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest.
+def read_state(folder: Path) -> RunState:
+    """Read state.json.
 
     Raises:
-        CheckpointError: names the first file that differs.
+        CheckpointError: it is damaged, or of another version.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+        version = state.pop("format")
+        if version != FORMAT:
+            raise CheckpointError(f"{folder} was written by another version of Quartet; resume it with that version")
+        state = RunState(**state)
+        numbers = (state.iteration, state.episodes, state.bad_steps)
+        if any(type(n) is not int or n < 0 for n in numbers) or not math.isfinite(state.kl_coef):
+            raise ValueError(f"numbers out of range: {state}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} is missing or damaged; delete that folder to resume from the checkpoint before it"
+            f"{folder / STATE} is not the state of a run ({error}); restore it from a copy"
         ) from error
-    for name, (size, digest) in files.items():
-        path = folder / Path(name).name
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
-            raise CheckpointError(
-                f"{path} is missing, truncated or altered; delete that folder to resume from the checkpoint before it"
-            )
+    return state
 
 
 def _weights(roles: Roles, role: Any) -> dict[str, Tensor]:
@@ -124,42 +128,28 @@ def _weights(roles: Roles, role: Any) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    """The state as tensors of their own; whole numbers (the step of 8-bit Adam) become int64 scalars."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for index, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+            shared = tensor.untyped_storage().data_ptr() in seen  # 8-bit Adam's code book
+            seen.add(tensor.untyped_storage().data_ptr())
+            found[f"{index}.{key}"] = tensor.clone() if shared else tensor
+    return found
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        whole_number = value.ndim == 0 and value.dtype == torch.int64
+        state.setdefault(int(index), {})[name] = int(value) if whole_number else value
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
-    _sync(manifest)
-    _sync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

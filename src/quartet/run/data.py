@@ -69,6 +69,15 @@ class PromptSet:
         places = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
         return PromptSet([self.text(i) for i in chosen.tolist()], self._ids[places], lengths)
 
+    def digest(self) -> str:
+        """SHA-256 over all prompts' texts and ids in order."""
+        digest = hashlib.sha256()
+        for text in self._texts:
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        digest.update(self._offsets.numpy().tobytes() + self._ids.numpy().data)
+        return digest.hexdigest()
+
     def in_order(self, start_episode: int = 0) -> Prompts:
         """All prompts once, as they lie, numbered from `start_episode`; for evaluation."""
         return self._prompts(range(start_episode, start_episode + len(self)), range(len(self)))

@@ -4,68 +4,112 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from quartet.distributed import ProcessEngine, SingleProcess
 from quartet.errors import CheckpointError
-from quartet.models.adapters import save_adapter
-from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.adapters import adapter_state, save_adapter
+from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import Role
 from quartet.models.roles import Roles
 
 
-def export(roles: Roles, folder: Path, *, sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
-    """Write `folder/policy` and `folder/value`, each beside and then renamed.
+def export(
+    roles: Roles,
+    folder: Path,
+    *,
+    sft: CheckpointInfo,
+    reward: CheckpointInfo,
+    tokenizer: Any,
+    engine: ProcessEngine | None = None,
+) -> None:
+    """Write `folder/policy` and `folder/value`, each beside and then renamed; every process calls this, the main one writes.
 
     With LoRA both are PEFT adapter folders over the checkpoint's base (the value head among the adapter's weights);
     otherwise whole models of `AutoModelForCausalLM` and `AutoModelForSequenceClassification`.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
     """
-    try:
-        _export(roles, folder, sft, reward, tokenizer)
-    except OSError as error:
-        raise CheckpointError(
-            f"the result could not be written to {folder} ({error.strerror or error}); free some space and run: "
-            f"quartet resume {folder}"
-        ) from error
-
-
-def _export(roles: Roles, folder: Path, sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:
+    engine = engine or SingleProcess()
     critic = sft if roles.value.backbone is roles.policy.backbone and roles.plan.name != "single" else reward
     for role, info in (("policy", sft), ("value", critic)):
-        temporary = folder / f".writing-{role}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(roles, role, info, temporary, tokenizer.pad_token_id)
-        tokenizer.save_pretrained(temporary)
-    for role in ("policy", "value"):  # both are whole before either replaces an older one
+        state = _state(roles, role, engine)
+        _by_main(engine, folder, partial(_write, roles, role, info, folder, state, tokenizer))
+    _by_main(engine, folder, partial(_rename, folder))
+
+
+def _by_main(engine: ProcessEngine, folder: Path, act: Callable[[], None]) -> None:
+    def checked() -> None:
+        if engine.rank:
+            return
+        try:
+            act()
+        except OSError as error:
+            raise CheckpointError(
+                f"the result could not be written to {folder} ({error.strerror or error}); free some space and run: "
+                f"quartet resume {folder}"
+            ) from error
+
+    engine.agree(checked)
+
+
+def _rename(folder: Path) -> None:
+    """Both are whole before either replaces an older one."""
+    for role in ("policy", "value"):
         shutil.rmtree(folder / role, ignore_errors=True)
         (folder / f".writing-{role}").replace(folder / role)
 
 
-def _write(roles: Roles, role: Any, info: CheckpointInfo, folder: Path, pad: int) -> None:
+def _state(roles: Roles, role: Any, engine: ProcessEngine) -> dict[str, Tensor]:
+    """Whole weights of a role on the host, by name; those that are one tensor under two names stay one. Empty in all
+    processes but the main one."""
     view = roles.plan.view(role)
-    backbone = roles.backbones[view.backbone]
-    head = {} if role == "policy" else {roles.value.head.name: roles.value.head.weight.detach()}
+    model = roles.backbones[view.backbone].model
+    if view.adapter is None:
+        own: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    else:
+        own = adapter_state(model, view.adapter)
+    if role == "value":
+        prefix = model.base_model_prefix + "."
+        own = own if view.adapter is not None else {k: tensor for k, tensor in own.items() if k.startswith(prefix)}
+        own = {**own, (PEFT_PREFIX if view.adapter else "") + roles.value.head.name: roles.value.head.weight}
+    whole = {id(tensor): engine.whole(tensor) for tensor in own.values()}
+    found = {name: whole[id(tensor)] for name, tensor in own.items()}
+    return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+
+
+def _write(
+    roles: Roles, role: Any, info: CheckpointInfo, folder: Path, state: dict[str, Tensor], tokenizer: Any
+) -> None:
+    view, temporary = roles.plan.view(role), folder / f".writing-{role}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model: Any = roles.backbones[view.backbone].model
     if view.adapter is not None:
         task = "CAUSAL_LM" if role == "policy" else "SEQ_CLS"
-        base = str(Path(info.base).resolve()) if Path(info.base).is_dir() else info.base
-        save_adapter(backbone.model, view.adapter, folder, base=base, task=task, extra=head)
-        return
-    model = backbone.model
-    state = model.state_dict()
-    if role == "value":
-        model = _classifier(info)  # no weights of its own: it names the class and its tensors
-        prefix = model.base_model_prefix + "."
-        state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)} | head
-    before = model.config
-    model.config = _saved_config(role, info, model, backbone.model.dtype, pad)
-    try:
-        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
-    finally:
-        model.config = before
+        origin = info.origin or info.base
+        base = str(Path(origin).resolve()) if Path(origin).is_dir() else origin
+        heads = [roles.value.head.name] if role == "value" else []
+        save_adapter(model, view.adapter, temporary, state, base=base, task=task, heads=heads)
+    else:
+        dtype = model.dtype
+        if role == "value":
+            model = _classifier(info)  # no weights of its own: it names the class and its tensors
+        before = model.config
+        model.config = _saved_config(role, info, model, dtype, tokenizer.pad_token_id)
+        try:
+            model.save_pretrained(temporary, state_dict=state)
+        finally:
+            model.config = before
+    tokenizer.save_pretrained(temporary)
 
 
 def _classifier(info: CheckpointInfo) -> Any:

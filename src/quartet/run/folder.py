@@ -6,14 +6,17 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from quartet import __version__
 from quartet.config import Config, parse_config
 from quartet.errors import CheckpointError, ConfigError
+from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
@@ -26,6 +29,8 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.jsonl"
+        self.inputs = self.path / "inputs.json"
+        self.metrics = self.path / "metrics.jsonl"
         self.policy = self.path / "policy"
         self.value = self.path / "value"
 
@@ -45,8 +50,8 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
 
-    def create(self, config: Config, plan: dict[str, Any]) -> None:
-        """Make the folder with config.yaml and plan.json.
+    def create(self, config: Config, plan: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with, as fingerprints).
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -55,15 +60,31 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True)
             self.write_plan(plan)
+            write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
             write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
         except OSError as error:
             raise ConfigError(
                 f"run.dir={str(self.path)!r} cannot be written ({error.strerror}); name another folder"
             ) from error
 
+    def stopped_early(self, config: Config) -> bool:
+        """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again."""
+        if list_checkpoints(self.checkpoints):
+            return False
+        lines = self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
+        return lines <= (config.run.save_every or config.ppo.iterations)
+
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write or replace plan.json."""
         write_atomically(self.path / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+
+    def read_plan(self) -> dict[str, Any]:
+        """What plan.json holds; nothing where it is gone or damaged, since a run can go on without."""
+        try:
+            content = json.loads((self.path / PLAN_FILE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def read_config(self) -> Config:
         """The configuration of the run that is here.
@@ -82,13 +103,34 @@ class RunFolder:
         return parse_config(values if isinstance(values, dict) else {}, origin=str(file))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing a file of a run folder.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror or error}); free some space and go on from the newest checkpoint "
+            f"with: quartet resume {path.parent}"
+        ) from error
+
+
+def put_on_disk(stream: IO[Any]) -> None:
+    """Flush a file and wait until the disk has it."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+        put_on_disk(stream)
     temporary.replace(path)
 
 

@@ -6,12 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from quartet.errors import CheckpointError, ConfigError
+from quartet.run.folder import put_on_disk, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,9 +54,14 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Mapping[str, float | int]) -> None:
-        """Append one record; it holds `iteration`. A number that is not finite becomes null, which JSON has."""
-        self._file.write(_line(record))
-        self._file.flush()
+        """Append one record; it holds `iteration`. A number that is not finite becomes null, which JSON has.
+
+        The disk has it before `write` returns, so that no checkpoint is ahead of its metrics. Raises CheckpointError if the
+        disk is full.
+        """
+        with writing(self._path):
+            self._file.write(_line(record))
+            put_on_disk(self._file)
         if self._tensorboard is not None:
             for name, value in record.items():
                 if name != "iteration":
@@ -63,7 +70,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and the trackers; a second call does nothing."""
-        self._file.close()
+        with suppress(OSError):  # a full disk has been reported by `write`
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
@@ -119,6 +127,7 @@ def _repair(path: Path, keep_through: int | None) -> None:
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(_line(record))
+        put_on_disk(file)
     os.replace(temporary, path)
 
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+from quartet.distributed import ProcessEngine
 
 Record = Mapping[str, float | int]
 
@@ -80,6 +82,10 @@ class Progress:
         """Print a line of its own, such as a warning or where something was saved."""
         self._line(text)
 
+    def show(self, table: RenderableType) -> None:
+        """Print something that rich lays out."""
+        self._console.print(table, crop=False)
+
     def stop(self) -> None:
         """Take the stage line away; a second call does nothing."""
         if self._live is not None:
@@ -97,6 +103,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def display_of(engine: ProcessEngine) -> Progress:
+    """The display of the main process; the others show nothing."""
+    return Progress() if engine.rank == 0 else Progress(Console(quiet=True))
 
 
 class _Status:

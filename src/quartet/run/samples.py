@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from quartet.records import Prompts, Rollout, Scored
+from quartet.errors import CheckpointError
+from quartet.records import Prompts, Scored
+from quartet.run.folder import put_on_disk, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +35,8 @@ def evaluation_prompts(prompts: Prompts) -> Prompts:
     return Prompts(tuple(-1 - number for number in range(len(prompts))), prompts.texts, prompts.tokens)
 
 
-def evaluate(
-    iteration: int,
-    prompts: Prompts,
-    *,
-    generate: Callable[[Prompts], Rollout],
-    score: Callable[[Rollout], Scored],
-    decode: Callable[[Tensor], str],
-) -> list[Sample]:
-    """Sample a response to every prompt and score it."""
-    scored = score(generate(prompts))
+def samples_of(iteration: int, scored: Scored, decode: Callable[[Tensor], str]) -> list[Sample]:
+    """What is kept of the scored responses to the evaluation prompts."""
     rollout = scored.rollout
     log_ratio = (rollout.logprobs - scored.ref_logprobs).where(rollout.response_mask, 0.0).sum(-1).tolist()
     lengths: list[int] = rollout.response_mask.sum(-1).tolist()
@@ -61,21 +55,32 @@ def evaluate(
 
 
 def append_samples(path: Path, samples: list[Sample]) -> None:
-    """Add samples to samples.jsonl."""
-    with path.open("a", encoding="utf-8") as stream:
-        for sample in samples:
-            entry = {name: getattr(sample, name) for name in Sample.__slots__}
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    """Add samples to samples.jsonl.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    entries = ({name: getattr(sample, name) for name in Sample.__slots__} for sample in samples)
+    with writing(path), path.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        put_on_disk(stream)
 
 
-def keep_samples(path: Path, *, through: int) -> None:
-    """For resuming: drop the samples of iterations that are about to be computed again, and a line torn by a crash."""
+def keep_samples(path: Path, *, through: int) -> int:
+    """For resuming: drop the samples of iterations that are about to be computed again, and a line torn by a crash.
+
+    Returns:
+        How many samples of iteration `through` there are.
+    """
     if not path.is_file():
-        return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _iteration(line) <= through]
+        return 0
+    numbered = [(line, _iteration(line)) for line in path.read_bytes().splitlines(keepends=True)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
+    with temporary.open("wb") as stream:
+        stream.write(b"".join(line.rstrip() + b"\n" for line, iteration in numbered if iteration <= through))
+        put_on_disk(stream)
     temporary.replace(path)
+    return sum(iteration == through for _, iteration in numbered)
 
 
 def _iteration(line: bytes) -> float:
@@ -86,6 +91,17 @@ def _iteration(line: bytes) -> float:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All samples of a run, in order."""
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream if line.strip()]
+    """All samples of a run, in order; none where there is no file.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                found.append({name: json.loads(line)[name] for name in Sample.__slots__})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+    return found

@@ -1,84 +1,158 @@
-"""A run while it is open: its inputs, its loaded models, where it stands, and what it leaves on disk."""
+"""A run while it is open: its inputs, its loaded models, where it stands, and what goes wrong with it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from quartet.config import Config
-from quartet.errors import CheckpointError, QuartetError
+from quartet.distributed import ProcessEngine
+from quartet.errors import CheckpointError, QuartetError, TrainingError
 from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.rewards.sources import combine
-from quartet.run.checkpoint import RunState, list_checkpoints, load_checkpoint, save_checkpoint
-from quartet.run.export import export
+from quartet.run.advice import Adviser
+from quartet.run.allocator import return_freed_memory
+from quartet.run.checkpoint import RunState
+from quartet.run.checkpoint_folder import choose_checkpoint
+from quartet.run.fingerprint import fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
-from quartet.run.memory_probe import PeakMemory
+from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
-from quartet.run.samples import append_samples, evaluate, keep_samples
 from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs
+from quartet.run.store import Store
+from quartet.run.trust import refuse_untrusted
+from quartet.stages.correction import corrected
+from quartet.stages.gather import everyones, own_share
+from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 from quartet.stages.scoring import score_rollout
-
-LOGPROB_GAP = 0.05
-"""Mean difference of log-probabilities between rollout and trainer that is warned about, nats."""
 
 
 class Session:
     """Everything of one run that is not the algorithm."""
 
-    def __init__(self, config: Config, progress: Progress, folder: RunFolder, inputs: Inputs, loaded: Loaded) -> None:
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        folder: RunFolder,
+        inputs: Inputs,
+        loaded: Loaded,
+        memory: MemoryAccount,
+    ) -> None:
         self.config = config
         self.progress = progress
         self.folder = folder
         self.inputs = inputs
         self.loaded = loaded
         self.state = RunState(iteration=0, episodes=0, kl_coef=config.ppo.kl_coef)
-        self._memory = PeakMemory(loaded.roles.policy.backbone.device)
+        self._store = Store(config, folder, inputs, loaded)
+        self._memory = memory
         self._seconds: dict[str, float] = {}
+        self._adviser = Adviser(stops=config.rollout.stop is not None)
+        self._stage = ""
+        self._corrected: dict[str, float] = {}
+        """The gap that the last correction closed."""
+        self._evaluated = -1
+        self._prompts: Prompts | None = None
+        """Of all processes, those that responses were last asked for."""
 
     @staticmethod
-    def start(config: Config, progress: Progress) -> Session:
-        """Check all inputs, load the models, then make the run folder.
+    def start(config: Config, progress: Progress, engine: ProcessEngine, *, force: bool = False) -> Session:
+        """Check all inputs, show what the run will cost, load the models, then make the run folder.
+
+        Args:
+            force: load them even if they are predicted not to fit.
 
         Raises:
-            QuartetError: a mistake in the configuration or its files; nothing has been written then.
+            QuartetError: a mistake in the configuration or its files, or a run that would not fit into the device's memory;
+                nothing has been written then.
         """
         folder = RunFolder(config.run.dir)
-        folder.refuse_used()
-        inputs = read_inputs(config, progress.say)
-        session = Session(config, progress, folder, inputs, load_everything(config, inputs, progress.say))
-        folder.create(config, {"plan": inputs.plan.as_dict()})
-        return session
+        engine.agree(folder.refuse_used)
+        inputs = engine.agree(lambda: read_inputs(config, progress.say))
+        memory = account_for(config)
+        engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
+        return_freed_memory(config.run.return_memory, tight=memory.tight)
+        with memory.measuring("load"):
+            loaded = load_everything(config, inputs, progress.say, engine)
+        memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
+        engine.agree(lambda: None if engine.rank else folder.create(config, memories, fingerprints(inputs)))
+        return Session(config, progress, folder, inputs, loaded, memory)
 
     @staticmethod
-    def resume(run: str | Path, progress: Progress) -> Session:
-        """Load the models of a run and its newest checkpoint into them.
+    def resume(
+        config: Config,
+        progress: Progress,
+        folder: RunFolder,
+        engine: ProcessEngine,
+        *,
+        start: str | None = None,
+        trust: bool = False,
+    ) -> Session:
+        """Load the models of a run and one of its checkpoints into them; a run that was stopped before its first checkpoint
+        begins again.
+
+        Args:
+            config: of the run, from its folder.
+            start: the checkpoint's name; later ones are removed, since their metrics are about to be computed again. None
+                takes the newest.
+            trust: whether reward sources and remote code that the run's config.yaml names may be used.
 
         Raises:
-            CheckpointError: no run there, none of its checkpoints is whole, or the newest is damaged.
+            CheckpointError: none of its checkpoints is whole, the one to start from is damaged, or what the run was started
+                with has changed.
+            ConfigError: its config.yaml names code and `trust` is off.
         """
-        folder = RunFolder(run)
-        config = folder.read_config()
-        if not list_checkpoints(folder.checkpoints):
-            raise CheckpointError(
-                f"{folder.path} has no checkpoint to resume from; start the run again in a new folder"
-            )
-        inputs = read_inputs(config, progress.say)
-        session = Session(config, progress, folder, inputs, load_everything(config, inputs, progress.say))
-        newest = list_checkpoints(folder.checkpoints)[-1]
-        session.state = load_checkpoint(newest, session.loaded.roles, session.loaded.optimizer)
-        keep_samples(folder.samples, through=session.state.iteration)
+        chosen = engine.agree(
+            lambda: choose_checkpoint(folder.checkpoints, start) if start or not folder.stopped_early(config) else None
+        )
+        if not trust:
+            engine.agree(lambda: refuse_untrusted(config, folder.path))
+        inputs = engine.agree(lambda: read_inputs(config, progress.say))
+        # One process of each machine compares what that machine has.
+        engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
+        memory = account_for(config, folder.read_plan().get("memory"))
+        return_freed_memory(config.run.return_memory, tight=memory.tight)
+        with memory.measuring("load"):
+            loaded = load_everything(config, inputs, progress.say, engine)
+        session = Session(config, progress, folder, inputs, loaded, memory)
+        if chosen is not None:
+            session.state = session._store.load(chosen.name)
+        if session._store.keep_samples(session.state.iteration):
+            session._evaluated = session.state.iteration
         return session
 
+    def metrics(self) -> AbstractContextManager[Callable[[Mapping[str, float]], None]]:
+        """What writes a line of metrics.jsonl."""
+        return self._store.metrics(self.state.iteration)
+
     def next_prompts(self) -> Prompts:
-        """The prompts of the iteration that begins now."""
-        self._memory.reset()
+        """The prompts of the iteration that begins now, of all processes."""
+        self._memory.peak.reset()
         return self.inputs.prompts.batch(self.state.episodes, self.config.rollout.batch_size, self.config.run.seed)
 
+    def generate(self, prompts: Prompts) -> Rollout:
+        """Responses to this process's share of the prompts."""
+        self._prompts = prompts
+        self.loaded.roles.use("policy")
+        engine, settings = self.loaded.engine, self.config.rollout
+        rollout = self.loaded.rollout.generate(own_share(prompts, engine))
+        if settings.correct_rollout:
+            rollout, gap = corrected(
+                rollout, self.loaded.roles, temperature=settings.temperature, rows=settings.batch_rows
+            )
+            total, tokens = engine.sum(gap).tolist()
+            self._corrected = {"rollout/logprob_gap": total / tokens}
+        return rollout
+
     def score(self, rollout: Rollout) -> Scored:
-        """Scoring with this run's roles and reward sources."""
+        """Scoring with this run's roles and reward sources; gives the episodes of all processes, in the prompts' order."""
+        engine = self.loaded.engine
+        return everyones(engine.agree(lambda: self._score(rollout)), self._prompts or rollout.prompts, engine)
+
+    def _score(self, rollout: Rollout) -> Scored:
         sources, config = self.inputs.sources, self.config
         return score_rollout(
             rollout,
@@ -92,73 +166,98 @@ class Session:
 
     def finish_iteration(self, batch: Advantaged, stats: UpdateStats, *, learning_rate: float) -> dict[str, float]:
         """Move the run's counters on; returns the iteration's line for metrics.jsonl."""
-        rollout, gap = batch.scored.rollout, stats.metrics["rollout/logprob_gap"]
-        if gap > LOGPROB_GAP:
-            self.progress.say(
-                f"rollout and training disagree by {gap:.3f} nats a token (rollout/logprob_gap, over {LOGPROB_GAP}): the "
-                "update is off-policy from its first step; models.dtype=float32 removes rounding as a cause"
-            )
+        rollout = batch.scored.rollout
+        for sentence in self._adviser.advice({**batch.metrics, **stats.metrics, **self._corrected}):
+            self.progress.say(sentence)
         self.state = RunState(
             iteration=self.state.iteration + 1,
             episodes=self.state.episodes + len(rollout.prompts),
             kl_coef=self._next_kl_coef(batch.metrics),
+            bad_steps=stats.bad_steps,
         )
+        if self._memory.grown():
+            self._store.plan(self._memory.as_dict())
         return {
             "iteration": self.state.iteration,
             "episodes": self.state.episodes,
             **batch.metrics,
             **stats.metrics,
+            **self._corrected,
             "lr": learning_rate,
             **{f"time/{stage}": seconds for stage, seconds in self._seconds.items()},
             "tokens/generated": int(rollout.response_mask.sum()),
             "tokens/trained": stats.tokens,
-            "memory/peak_bytes": self._memory.peak_bytes(),
+            "memory/peak_bytes": max(self.loaded.engine.gather(self._memory.peak.peak_bytes())),
         }
 
     def evaluate_if_due(self) -> None:
         """Responses to the fixed prompts into samples.jsonl: before the first iteration, every so often, after the last."""
         iteration, every, last = self.state.iteration, self.config.run.eval_every, self.config.ppo.iterations
         prompts = self.inputs.evaluation
-        if prompts is None or not (iteration in (0, last) or (every and iteration % every == 0)):
+        due = iteration in (0, last) or (every and iteration % every == 0)
+        if prompts is None or not due or self._evaluated == iteration:
             return
-        self.progress.stage("evaluation")
-        generate, decode = self.loaded.rollout.generate, self.loaded.decode
+        self._enter("evaluation")
         with self.keeping_weights():
-            samples = evaluate(iteration, prompts, generate=generate, score=self.score, decode=decode)
-        append_samples(self.folder.samples, samples)
+            scored = self.score(self.generate(prompts))
+        self._store.add_samples(iteration, scored)
+        self._evaluated = iteration
 
     def checkpoint_if_due(self, *, now: bool = False) -> None:
         """A checkpoint every so often, after the last iteration, and when the user stops the run."""
         iteration, every, last = self.state.iteration, self.config.run.save_every, self.config.ppo.iterations
         if now or iteration == last or (every and iteration % every == 0):
             self.progress.stage("checkpoint")
-            loaded, keep = self.loaded, self.config.run.keep
-            save_checkpoint(self.folder.checkpoints, loaded.roles, loaded.optimizer, self.state, keep=keep)
+            self._store.save(self.state)
 
     def export(self) -> None:
         """Write `policy/` and `value/`."""
-        inputs = self.inputs
-        export(self.loaded.roles, self.folder.path, sft=inputs.sft, reward=inputs.reward, tokenizer=inputs.tokenizer)
+        self._store.export()
 
     @contextmanager
     def keeping_weights(self) -> Iterator[None]:
-        """An error that ends the run leaves the last good weights in the run folder."""
+        """An error that ends the run leaves the last good weights in the run folder, and what it takes to go on from them.
+
+        Every process raises the same QuartetError. Another error is one process's own, and where there are several, what
+        needs all of them cannot be done any more.
+        """
         try:
             yield
-        except QuartetError as error:
-            self.export()
-            raise type(error)(f"{error}; the weights as they were before are in {self.folder.path}") from error
-        except Exception:
-            self.export()
+        except Exception as error:
+            together = isinstance(error, QuartetError) or self.loaded.engine.world_size == 1
+            kept = self._keep_good_state(error) if together else ""
+            if is_out_of_memory(error):
+                raise TrainingError(f"{lacks_memory(self._stage)}{kept}") from error
+            if isinstance(error, QuartetError):
+                raise type(error)(f"{error}{kept}") from error
             raise
+
+    def _keep_good_state(self, error: Exception) -> str:
+        """Export, and a checkpoint where nothing has moved since the last iteration and the weights are not what failed;
+        returns the end of the sentence that says so."""
+        try:
+            self.export()
+            weights_failed = self._stage == "update" or isinstance(error, TrainingError)
+            if not weights_failed and not self._store.has(self.state.iteration):
+                self.checkpoint_if_due(now=True)
+        except CheckpointError as another:
+            return f"; and {another}"
+        newest = self._store.newest()
+        kept = f"; the weights as they were before are in {self.folder.path}"
+        return f"{kept}, go on from {newest} with: quartet resume {self.folder.path}" if newest else kept
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Show the stage and take its seconds."""
-        self.progress.stage(stage)
+        """Show the stage, take its seconds and its peak memory."""
+        self._enter(stage)
         start = time.perf_counter()
-        yield
+        with self._memory.measuring(stage):
+            yield
         self._seconds[stage] = time.perf_counter() - start
+
+    def _enter(self, stage: str) -> None:
+        self._stage = stage
+        self.progress.stage(stage)
 
     def _next_kl_coef(self, metrics: Mapping[str, float]) -> float:
         ppo = self.config.ppo

@@ -7,24 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quartet.config import Config
-from quartet.distributed import ProcessEngine, start_engine
+from quartet.distributed import ProcessEngine, SingleProcess
 from quartet.errors import CheckpointError
-from quartet.models.checkpoint_info import CheckpointInfo, read_checkpoint
-from quartet.models.loading import load_roles, plan_for
+from quartet.memory.free import free_memory
+from quartet.models.branch import layer_list
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.linears import restore_linears
+from quartet.models.loading import convert_weights, load_roles, plan_for
+from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
+from quartet.models.precision import resolve_device
 from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
 from quartet.records import Prompts
 from quartet.rewards.sources import RewardSource, build_sources
 from quartet.rollout.choose import make_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
+from quartet.rollout.sharded import ShardedRollout
 from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.optimizer import make_optimizer
+
+GATHER_SHARE = 0.5
+"""`gather_for_rollout: auto` takes at most this share of the memory that is free after loading."""
 
 Say = Callable[[str], None]
 
@@ -48,6 +57,8 @@ class Loaded:
 
     roles: Roles
     engine: ProcessEngine
+    trained: nn.Module
+    """`roles.trained` as the process engine wants it called."""
     optimizer: torch.optim.Optimizer
     rollout: RolloutEngine
     decode: Callable[[Tensor], str]
@@ -61,8 +72,9 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     """
     models, data = config.models, config.data
     require_trackers(config.run.trackers)
-    sft = read_checkpoint(models.sft, "sft", trust_remote_code=models.trust_remote_code)
-    reward = read_checkpoint(models.reward, "reward", trust_remote_code=models.trust_remote_code)
+    if models.trust_remote_code:
+        say("models.trust_remote_code is on: code that the checkpoints bring along runs in this process")
+    sft, reward = open_checkpoint(models, "sft"), open_checkpoint(models, "reward")
     tokenizer, notices = load_tokenizer(sft, reward)
     for notice in notices:
         say(notice)
@@ -96,10 +108,10 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
 
 
-def load_everything(config: Config, inputs: Inputs, say: Say) -> Loaded:
+def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEngine | None = None) -> Loaded:
     """Load the plan's models and build what works with them."""
-    engine = start_engine()
-    roles = load_roles(config.models, inputs.plan, inputs.sft, inputs.reward, seed=config.run.seed)
+    engine = engine or SingleProcess()
+    roles = _load(config, inputs, engine)
     tokenizer, rollout = inputs.tokenizer, config.rollout
     settings = SamplingSettings(
         response_length=rollout.response_length,
@@ -116,7 +128,41 @@ def load_everything(config: Config, inputs: Inputs, say: Say) -> Loaded:
         return text
 
     optimizer = make_optimizer(roles, config.ppo)
-    return Loaded(roles, engine, optimizer, make_engine(rollout.engine, roles.policy, settings, say), decode)
+    trained = engine.prepare(roles.trained, optimizer)
+    return Loaded(roles, engine, trained, optimizer, _generator(config, roles, engine, settings, say), decode)
+
+
+def _generator(
+    config: Config, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
+) -> RolloutEngine:
+    name, policy = config.rollout.engine, roles.policy
+    if not engine.cuts_weights:
+        return make_engine(name, policy, settings, say)
+    gather = config.distributed.gather_for_rollout
+    if gather == "auto":
+        free = free_memory(policy.backbone.device)
+        gather = not engine.any(free is not None and policy.backbone.whole_bytes() > GATHER_SHARE * free)
+    say(f"rollout: {'every process holds the whole policy' if gather else 'a layer at a time, in step'}")
+    return ShardedRollout(policy, engine, lambda: make_engine(name, policy, settings, say), gather=gather)
+
+
+def _load(config: Config, inputs: Inputs, engine: ProcessEngine) -> Roles:
+    """The roles, each process holding what the engine leaves it."""
+    models, plan, sft, reward = config.models, inputs.plan, inputs.sft, inputs.reward
+    cut = engine.cuts_weights
+    if cut or engine.world_size > 1:
+        engine.agree(lambda: convert_weights(models, plan, sft, reward, mapped=cut) if engine.first_here else None)
+    roles = engine.agree(lambda: load_roles(models, plan, sft, reward, seed=config.run.seed, mapped=cut))
+    if cut:
+        device = resolve_device(models.device)
+        for backbone in roles.backbones.values():
+            # A layer's weights are there while that layer runs, and a fast LoRA layer reads those of layers within it.
+            restore_linears(backbone.model)
+            _, layers = layer_list(backbone.transformer, f"distributed.engine={engine.name}")
+            backbone.weights = engine.keep(
+                backbone, list(layers), entry="hidden", head=backbone.heads(), device=device, dtype=backbone.dtype
+            )
+    return roles
 
 
 def _refuse_small_embedding(sft: CheckpointInfo, reward: CheckpointInfo, tokenizer: Any) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from quartet.config import PPOConfig
+from quartet.errors import ConfigError
 from quartet.models.roles import Roles
 
 
 def make_optimizer(roles: Roles, ppo: PPOConfig) -> torch.optim.Optimizer:
-    """AdamW over two groups, `policy` and `value`; fused, which is the fastest on CPU and CUDA alike."""
+    """AdamW over two groups, `policy` and `value`; fused, which is the fastest on CPU and CUDA alike.
+
+    Raises:
+        ConfigError: an 8-bit optimizer without bitsandbytes, or a paged one without a GPU.
+    """
     options = ppo.optimizer
     value_rate = ppo.learning_rate if ppo.value_learning_rate is None else ppo.value_learning_rate
     groups = [
@@ -20,10 +29,26 @@ def make_optimizer(roles: Roles, ppo: PPOConfig) -> torch.optim.Optimizer:
     ]
     for group in groups:
         group["base_lr"] = group["lr"]
-    kinds = {"adamw": torch.optim.AdamW}
-    return kinds[options.name](
-        groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, fused=True
-    )
+    given: dict[str, Any] = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **given)
+    return _eight_bit(options.name, roles)(groups, **given)
+
+
+def _eight_bit(name: str, roles: Roles) -> Callable[..., torch.optim.Optimizer]:
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"ppo.optimizer.name={name} needs bitsandbytes, which is not installed; pip install quartet-rlhf[quantization]"
+        )
+    paged = name == "paged_adamw8bit"
+    if paged and roles.value.head.weight.device.type == "cpu":
+        raise ConfigError(
+            "ppo.optimizer.name=paged_adamw8bit pages optimizer state between GPU and host memory, and the models are on "
+            "the CPU; use adamw8bit or adamw"
+        )
+    library: Any = import_module("bitsandbytes.optim")
+    kind: Callable[..., torch.optim.Optimizer] = library.PagedAdamW8bit if paged else library.AdamW8bit
+    return kind
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, ppo: PPOConfig, iteration: int) -> float:

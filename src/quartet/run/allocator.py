@@ -1,0 +1,32 @@
+"""What becomes of host memory that tensors give back: kept by the C library for the next ones, or returned to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from typing import Literal
+
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3)."""
+RETURNED_FROM = 65_536
+"""Bytes from which a block is returned as soon as it is freed."""
+
+
+def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool) -> bool:
+    """Make the C library return the memory of freed tensors to the system at once, for the rest of the process.
+
+    By default glibc cuts new blocks out of freed ones and keeps what is left over. Tensors of many sizes leave gaps that
+    nothing fills, which can double what a process holds. Returned memory has to be fetched and cleared again, which
+    takes time.
+
+    Args:
+        wanted: auto does it where memory is tight.
+        tight: whether it is.
+
+    Returns:
+        Whether it is done; False on systems without glibc too.
+    """
+    if not (tight if wanted == "auto" else wanted) or platform.libc_ver()[0] != "glibc":
+        return False
+    # A threshold that is set no longer grows by itself, which it does up to 32 MiB.
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_FROM))

@@ -1,0 +1,72 @@
+"""What a run was started with, as hashes of the content: resuming on other weights or prompts would be another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from quartet.errors import CheckpointError
+from quartet.models.base_comparison import digest_of
+from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
+from quartet.records import Prompts
+from quartet.run.setup import Inputs
+
+
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+    """A hash for each input, by configuration key.
+
+    Checkpoints: their configuration, the name, type and shape of every tensor, the bytes of small tensors and of blocks of
+    large ones. Prompts: text and tokens in order, so that the tokenizer and its chat template count too. Where the files
+    lie does not matter.
+    """
+    found = {info.key: _checkpoint(info) for info in (inputs.sft, inputs.reward)}
+    found["data.prompts"] = inputs.prompts.digest()
+    if inputs.evaluation is not None:
+        found["data.eval_prompts"] = _prompts(inputs.evaluation)
+    return found
+
+
+def refuse_changed(file: Path, now: Mapping[str, str]) -> None:
+    """Compare with what the run wrote when it started.
+
+    Raises:
+        CheckpointError: names the first input that differs.
+    """
+    try:
+        before = json.loads(file.read_text("utf-8"))
+        assert isinstance(before, dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; restore it from a copy") from None
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise CheckpointError(
+                f"{key} is not what this run was started with (its content differs from {file}); restore it, or start a new run"
+            )
+
+
+def _checkpoint(info: CheckpointInfo) -> str:
+    tensors = {**info.tensors, **{f"adapter {name}": tensor for name, tensor in info.adapter_tensors.items()}}
+    beside = next(iter(info.tensors.values())).file.with_name("config.json")
+    parts = [beside.read_text("utf-8") if beside.is_file() else "", json.dumps(info.adapter_config, sort_keys=True)]
+    return _hash([*parts, *(f"{name} {_tensor(tensor)}" for name, tensor in sorted(tensors.items()))])
+
+
+def _tensor(tensor: TensorInfo) -> str:
+    return f"{tensor.dtype} {tensor.shape} {digest_of(tensor, None).hex()}"
+
+
+def _prompts(prompts: Prompts) -> str:
+    return _hash(f"{text} {tokens.tolist()}" for text, tokens in zip(prompts.texts, prompts.tokens, strict=True))
+
+
+def _hash(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        # A length before each part, so that no two lists of parts run together alike.
+        content = part.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(content)}:".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""A run's memory as predicted and as measured, phase by phase: shown and checked at the start, kept in plan.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from quartet.config import Config
+from quartet.distributed import ProcessEngine
+from quartet.errors import QuartetError
+from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
+from quartet.memory.figures import Estimate
+from quartet.memory.free import free_memory
+from quartet.memory.report import compact
+from quartet.memory.trace import NotTraceable
+from quartet.models.precision import resolve_device
+from quartet.run.memory_probe import PeakMemory, quick_anonymous_bytes
+from quartet.run.progress import Progress
+from quartet.run.setup import Inputs
+
+PHASES = ("load", "rollout", "scoring", "update")
+_GROWN = 1.01
+"""Factor by which a peak must have grown to be written again."""
+
+
+class MemoryAccount:
+    """Measures the phases of a run on its device, over what the process held before the models were loaded."""
+
+    def __init__(self, device: torch.device, before: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            before: what `as_dict` gave earlier in the run; its prediction and its peaks are kept.
+        """
+        self.peak = PeakMemory(device)
+        self._device = device
+        self._record: dict[str, Any] = dict(before or {})
+        self._record.setdefault("phases", {})
+        self._record["measure"] = _measure(device)
+        self._floor = 0
+        self._written: dict[str, int] = {}
+
+    def predict(
+        self, config: Config, inputs: Inputs, progress: Progress, engine: ProcessEngine, *, force: bool
+    ) -> None:
+        """Show the prediction, and refuse a run that would not fit.
+
+        A model whose memory cannot be predicted is said to be one, and passes.
+
+        Args:
+            force: let what does not fit pass too.
+
+        Raises:
+            ConfigError: the predicted peak is over the free memory.
+            QuartetError: a mistake that loading would come upon as well.
+        """
+        try:
+            estimate = _prediction(config, inputs, engine)
+        except NotTraceable as error:
+            reason = str(error)
+        except QuartetError:
+            raise
+        except Exception as error:  # the prediction is advice: no model may fail to train for want of it
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            free = free_memory(self._device)
+            if free is not None and self._device.type == "cpu":
+                free //= engine.processes_here
+            progress.show(compact(estimate, free))
+            refuse_too_large(estimate, free, force=force)
+            self._record = predicted_and_measured(estimate, {}) | {"measure": self._record["measure"], "free": free}
+            return
+        progress.say(f"the memory of this run is not predicted: {reason}")
+        self._record["not_predicted"] = reason
+
+    @property
+    def tight(self) -> bool:
+        """Whether the predicted peak takes more than half of the host memory that was free."""
+        peaks = [phase.get("peak") or 0 for phase in self._record["phases"].values()]
+        free = self._record.get("free")
+        return self._device.type == "cpu" and free is not None and max(peaks, default=0) > free / 2
+
+    @contextmanager
+    def measuring(self, phase: str) -> Iterator[None]:
+        """Take the peak of a phase; stages that are not in `PHASES` are let run unmeasured."""
+        if phase not in PHASES:
+            yield
+            return
+        if phase == "load":
+            self._floor = _in_use(self._device)
+        with self.peak.phase() as found:
+            yield
+        if found.peak is not None:
+            kept = self._record["phases"].setdefault(phase, {})
+            kept["measured"] = max(kept.get("measured") or 0, found.peak - self._floor)
+
+    def grown(self) -> bool:
+        """Whether a peak is notably larger than when this was asked last."""
+        now = {name: phase.get("measured") or 0 for name, phase in self._record["phases"].items()}
+        if all(count <= _GROWN * self._written.get(name, 0) for name, count in now.items()):
+            return False
+        self._written = now
+        return True
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plan.json: the prediction's figures, and `measured` beside each phase's."""
+        return self._record
+
+
+def _in_use(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else quick_anonymous_bytes() or 0
+
+
+def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine) -> Estimate:
+    evaluation = () if inputs.evaluation is None else inputs.evaluation.tokens
+    longest = max(inputs.prompts.longest, *map(len, evaluation), 1)
+    return predict(
+        config,
+        inputs.plan,
+        inputs.sft,
+        inputs.reward,
+        longest_prompt=longest,
+        world_size=engine.world_size,
+        engine=engine.name,
+    )
+
+
+def _measure(device: torch.device) -> str:
+    """What `measured` is, in words."""
+    if device.type == "cuda":
+        return "torch.cuda.max_memory_allocated in the phase, over what was allocated before loading"
+    if quick_anonymous_bytes() is None:
+        return "nothing: this system has no /proc/self/statm"
+    return "anonymous memory of the process (/proc/self/statm, every 10 ms), over what it was before loading"
+
+
+def account_for(config: Config, before: Mapping[str, Any] | None = None) -> MemoryAccount:
+    """The account of a run that begins or goes on now, before its models are loaded."""
+    return MemoryAccount(resolve_device(config.models.device), before)

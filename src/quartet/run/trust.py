@@ -1,0 +1,39 @@
+"""What a run folder's config.yaml may not do by itself when the run is resumed: have code run, or be sent a token.
+
+A run folder is data, and may come from somebody else. `quartet train` takes the user's own configuration and needs no
+such question.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from quartet.config import Config
+from quartet.errors import ConfigError
+
+
+def refuse_untrusted(config: Config, run: Path) -> None:
+    """Check that resuming would import, call and send nothing that only the run folder names.
+
+    Raises:
+        ConfigError: it would; says what, and how to allow it.
+    """
+    named = [f"the reward function {entry.function}" for entry in config.rewards if entry.function is not None]
+    named += [f"the reward endpoint {_host(entry.url)}" for entry in config.rewards if entry.url is not None]
+    if config.models.trust_remote_code:
+        named.append("the code that its checkpoints bring along (models.trust_remote_code)")
+    if named:
+        raise ConfigError(
+            f"{run / 'config.yaml'} names {', '.join(named)}, which resuming would use; if you know them, add --trust "
+            "(in Python: trust=True)"
+        )
+
+
+def _host(url: str) -> str:
+    """Without what may be a secret."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "at an address that cannot be read"
+    return f"{parts.scheme}://{parts.hostname}{parts.path}"
