@@ -7,14 +7,14 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: setup demo test check format lint types clean
+.PHONY: setup demo test check format lint types bench bench-memory bench-peer clean
 
 setup: $(STAMP)
 
 # Repeated only when the pins or the dependencies change.
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,trackers,quantization,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,trackers,quantization,deepspeed,dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -33,6 +33,25 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# TRL in two environments of its own (1.12 for PPO, 1.16 for fine-tuning), for the benchmarks only.
+BENCH := .bench
+BENCH_STAMP := $(BENCH)/.set-up
+
+bench-peer: $(BENCH_STAMP)
+
+$(BENCH_STAMP): benchmarks/peer/requirements-ppo.txt benchmarks/peer/requirements-sft.txt
+	$(PYTHON) -m venv $(BENCH)/peer
+	$(BENCH)/peer/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer/requirements-ppo.txt
+	$(PYTHON) -m venv $(BENCH)/sft
+	$(BENCH)/sft/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer/requirements-sft.txt
+	touch $(BENCH_STAMP)
+
+bench: $(STAMP) $(BENCH_STAMP)
+	$(BIN)/python benchmarks/ppo_iteration.py $(ARGS)
+
+bench-memory: $(STAMP) $(BENCH_STAMP)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -56,11 +56,11 @@ def configurations() -> dict[str, dict[str, Any]]:
         add(f"{size} lora paired", size, rows, **paired)
         add(f"{size} lora single", size, rows, **single)
         add(f"{size} lora single checkpointing", size, rows, **single, gradient_checkpointing=True)
+        add(f"{size} lora paired bfloat16", size, rows, **paired, dtype="bfloat16")
+        add(f"{size} lora paired 4bit", size, rows, **paired, quantization="4bit")
     add("S full, 3 layers frozen", "S", freeze_layers=3)
     add("S lora separate", "S", **paired | {"sharing": "separate"})
     add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
-    add("S lora paired bfloat16", "S", **paired, dtype="bfloat16")
-    add("S lora paired 4bit", "S", **paired, quantization="4bit")
     add("S lora paired 8bit", "S", **paired, quantization="8bit")
     return found
 
@@ -159,13 +159,13 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     probe.floor = 0 if cuda else anonymous()
     sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
     with probe.phase("load"):
-        from quartet.distributed import start_engine
+        from quartet.distributed import SingleProcess
 
         roles = load_roles(config.models, plan_for(config.models, sft, reward), sft, reward, seed=SEED)
         optimizer = make_optimizer(roles, config.ppo)
     settings = SamplingSettings(RESPONSE, 1.0, 1.0, None, 0, config.rollout.batch_rows, SEED)
     generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
-    updater = Updater(roles.trained, optimizer, start_engine(), config.ppo, temperature=1.0, seed=SEED)
+    updater = Updater(roles.trained, optimizer, SingleProcess(), config.ppo, temperature=1.0, seed=SEED)
     torch.manual_seed(SEED)
     count = config.rollout.batch_size
     # Half of the prompts are shorter, as in a real batch; the longest ones decide the peak.
@@ -201,12 +201,26 @@ def exact_bytes(roles: Any, optimizer: Any) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer state that exist."""
     import torch
 
-    from quartet.models.loading import count_bytes
-
     modules = [*(backbone.model for backbone in roles.backbones.values()), roles.value.head, roles.reward.head]
+    storages: dict[int, int] = {}
+    for module in modules:
+        for part in module.modules():
+            for held in (*part._parameters.values(), *part._buffers.values(), getattr(part, "state", None)):
+                add_storages(held, storages)
     gradients = sum(p.grad.nbytes for group in optimizer.param_groups for p in group["params"])
     state = sum(v.nbytes for held in optimizer.state.values() for v in held.values() if isinstance(v, torch.Tensor))
-    return {"parameters": count_bytes(modules), "gradients": gradients, "optimizer": state}
+    return {"parameters": sum(storages.values()), "gradients": gradients, "optimizer": state}
+
+
+def add_storages(held: Any, storages: dict[int, int]) -> None:
+    """Storages of a tensor, and of the scales that bitsandbytes keeps beside a quantized one."""
+    import torch
+
+    if isinstance(held, torch.Tensor):
+        storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    for extra in ("quant_state", "state2", "absmax", "code", "offset", "SCB", "CB"):
+        if (further := getattr(held, extra, None)) is not None:
+            add_storages(further, storages)
 
 
 def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:

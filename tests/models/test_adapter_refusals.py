@@ -50,7 +50,8 @@ def test_a_base_with_other_embedding_rows_is_another_base(library: Any, tmp_path
     from safetensors.torch import load_file, save_file
 
     from checkpoints import write_model
-    from quartet.models.checkpoint_info import read_checkpoint, same_base
+    from quartet.models.base_comparison import same_base
+    from quartet.models.checkpoint_info import read_checkpoint
 
     first = write_model(tmp_path / "first", "llama", vocab_size=70_000)
     second = write_model(tmp_path / "second", "llama", vocab_size=70_000)

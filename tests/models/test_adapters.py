@@ -224,8 +224,9 @@ def test_gradient_checkpointing_recomputes(plan: str, tiny_run: TinyRun, monkeyp
     from transformers.models.llama import modeling_llama
 
     runs = []
-    forward = modeling_llama.LlamaMLP.forward
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: runs.append(1) or forward(self, x))
+    layer = modeling_llama.LlamaAttention
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, *x, **options: runs.append(1) or forward(self, *x, **options))
     changes: dict[str, Any] = {"models.gradient_checkpointing": True}
     if plan == "single":
         changes |= {"models.lora": {"r": 5}, "models.sharing": "single"}

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from quartet.config import LoraConfig, ModelsConfig
-from quartet.errors import ConfigError
+from quartet.config import LoraConfig, ModelsConfig, parse_config
+from quartet.errors import CheckpointError, ConfigError
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.loading import load_roles, plan_for
+from quartet.models.offload import Offloaded
 from quartet.models.roles import Roles
 from quartet.records import Prompts, Sequences
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.engine import SamplingSettings
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
+KINDS = ("4bit", "8bit", "torchao-int8")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def roll_out(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_after_a_rollout_equal_those_before(folders: tuple[Path, Path], kind: str, dtype: str) -> None:
     roles = load(folders, kind, dtype)
     before = gradients(roles)
@@ -87,7 +92,7 @@ def test_gradients_after_a_rollout_equal_those_before(folders: tuple[Path, Path]
         torch.testing.assert_close(after[name], gradient, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("4bit", 0.90), ("8bit", 0.99)])
+@pytest.mark.parametrize(("kind", "least"), [("4bit", 0.90), ("8bit", 0.99), ("torchao-int8", 0.99)])
 def test_gradients_point_where_full_precision_points(folders: tuple[Path, Path], kind: str, least: float) -> None:
     full, quantized = gradients(load(folders, None)), gradients(load(folders, kind))
     one = torch.cat([full[name].flatten() for name in full])
@@ -95,15 +100,19 @@ def test_gradients_point_where_full_precision_points(folders: tuple[Path, Path],
     assert torch.cosine_similarity(one, other, dim=0).item() > least
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_heads_and_adapters_stay_float32(folders: tuple[Path, Path], kind: str) -> None:
     roles = load(folders, kind, "bfloat16")
     trained = [p for role in ("policy", "value") for _, p in roles.trained_parameters(role)]
     assert {p.dtype for p in trained} == {torch.float32}
     assert roles.reward.head.weight.dtype == torch.float32
     assert roles.policy.backbone.model.get_output_embeddings().weight.dtype == torch.bfloat16
-    small = torch.int8 if kind == "8bit" else torch.uint8
-    assert any(p.dtype == small for p in roles.policy.backbone.model.parameters())
+    weight = roles.policy.backbone.model.get_submodule("model.layers.0.mlp.up_proj").base_layer.weight
+    if kind == "torchao-int8":
+        assert weight.qdata.dtype == torch.int8
+        assert weight.act_quant_kwargs is None  # activations are not rounded
+    else:
+        assert weight.dtype == (torch.int8 if kind == "8bit" else torch.uint8)
 
 
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
@@ -113,3 +122,34 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, folders: tupl
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
     with pytest.raises(ConfigError, match=r"whole blocks of 64 .* 48 inputs"):
         load((tmp_path / "odd", folders[1]), "4bit")
+
+
+def test_four_bit_weights_can_leave_and_come_back(folders: tuple[Path, Path]) -> None:
+    roles = load(folders, "4bit")
+    expected = gradients(roles)
+    moved = Offloaded(roles.plan, roles.backbones, torch.device("cpu"), pin=False)
+    before = {p.data_ptr() for p in roles.backbones["reward"].model.parameters()}
+    moved.use("reward")
+    assert {p.data_ptr() for p in roles.backbones["reward"].model.parameters()} != before
+    moved.use("policy")
+    moved.use("policy", "value")
+    found = gradients(roles)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8-dynamic", "torchao-int4", "hqq"])
+def test_formats_with_wrong_gradients_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"models\.quantization.*{kind} .*; use 4bit, 8bit or torchao-int8"):
+        parse_config({"models": {"sft": "a", "reward": "b", "quantization": kind}, "data": {"prompts": "c"}})
+
+
+def test_checkpoints_that_are_quantized_already_are_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    folder = Path(shutil.copytree(folders[0], tmp_path / "gptq"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"gptq' is already quantized \(gptq\), .* give the full-precision checkpoint"
+    ):
+        read_checkpoint(str(folder), "sft")

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints import edit_json, write_adapter
-from quartet.models.checkpoint_info import read_checkpoint, same_base
+from quartet.models.base_comparison import same_base
+from quartet.models.checkpoint_info import read_checkpoint
 
 
 @pytest.fixture

@@ -106,6 +106,15 @@ def test_the_sampled_pad_token_counts(engine_class: type, policy: LanguageView) 
     assert (result.tokens[result.response_mask] == PAD).any()
 
 
+def test_padding_with_the_stop_token_stops_nothing(engine_class: type, policy: LanguageView) -> None:
+    """Many tokenizers have no pad token and use the end of the text for it."""
+    expected = rollout(engine_class(policy, SETTINGS))
+    found = rollout(engine_class(policy, replace(SETTINGS, pad_id=STOP)))
+    assert torch.equal(found.stopped, expected.stopped)
+    assert torch.equal(found.response_mask, expected.response_mask)
+    assert (found.tokens[~found.response_mask] == STOP).all()
+
+
 def test_without_a_stop_token_every_response_is_full(engine_class: type, policy: LanguageView) -> None:
     result = engine_class(policy, replace(SETTINGS, stop_id=None)).generate(prompts())
     assert result.response_mask.all()

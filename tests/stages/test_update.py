@@ -8,38 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import VOCABULARY
-from pipeline import Pipeline, hidden_of, rollout_of
-from quartet.errors import TrainingError
+from pipeline import Pipeline, hidden_of
 from quartet.records import Advantaged
-from quartet.stages.batching import SequenceTable
 from quartet.stages.optimizer import schedule_factor, set_learning_rate
+from stages_batch import LENGTHS, assert_same, batch_of
 from tiny import TinyRun
 
 SINGLE: dict[str, Any] = {"reward": "reward-lora", "models.lora": {"r": 5}, "models.sharing": "single"}
-LENGTHS = [(3, 6), (1, 2), (9, 1), (4, 5), (2, 6), (7, 3), (5, 4), (3, 1)]
-"""Prompt and response tokens of each episode: ragged on purpose."""
-
-
-def batch_of(pipeline: Pipeline, *, placement: str = "stop") -> Advantaged:
-    """Eight episodes with drawn tokens, old log-probabilities near the policy's, and drawn advantages and returns."""
-    draw = torch.Generator().manual_seed(11)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(0, VOCABULARY, (count,), generator=draw).tolist()
-
-    rollout = rollout_of([tokens(p) for p, _ in LENGTHS], [tokens(r) for _, r in LENGTHS])
-    mask = rollout.response_mask
-    table = SequenceTable.of(rollout)
-    sequences = table.rows(torch.arange(len(mask)), max(table.lengths()))
-    temperature = pipeline.config.rollout.temperature
-    with torch.no_grad():
-        logprobs = pipeline.roles.policy(sequences, mask, temperature=temperature)[0]
-        logprobs = (logprobs + 0.15 * torch.randn(mask.shape, generator=draw)).where(mask, 0.0)
-    scored = pipeline.score(dataclasses.replace(rollout, logprobs=logprobs))
-    advantages, returns = (torch.randn(mask.shape, generator=draw) for _ in range(2))
-    rewards = torch.zeros(mask.shape)
-    return Advantaged(scored, rewards, advantages.where(mask, 0.0), returns.where(scored.value_mask, 0.0), {})
 
 
 def one_step(tiny_run: TinyRun, *, settings: dict[str, Any], **changes: Any) -> Pipeline:
@@ -76,13 +51,6 @@ def plain_loss(pipeline: Pipeline, batch: Advantaged) -> torch.Tensor:
             values.append(0.5 * error)
     loss = torch.stack(policy).mean() + ppo.value_coef * torch.stack(values).mean()
     return loss - ppo.entropy_coef * torch.cat(entropies).mean()
-
-
-def assert_same(seen: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal to 1e-4 of the largest entry of each tensor."""
-    assert seen.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (seen[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max() + 1e-7, name
 
 
 @pytest.mark.parametrize("plan", [{"models.lora": None}, SINGLE], ids=["separate", "single"])
@@ -198,25 +166,6 @@ def test_the_norm_before_clipping_is_reported(tiny_run: TinyRun) -> None:
     settings = {"rollout.batch_size": 8, "ppo.epochs": 1, "ppo.minibatches": 1, "ppo.max_grad_norm": 1e-3}
     pipeline = Pipeline(tiny_run(**settings))
     assert pipeline.update(batch_of(pipeline)).metrics["gradient/norm"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_loss_that_is_not_finite_names_its_episode_and_moves_nothing(tiny_run: TinyRun) -> None:
-    pipeline = Pipeline(tiny_run(**{"rollout.batch_size": 8, "ppo.minibatches": 1}))
-    batch, before = batch_of(pipeline), pipeline.trained()
-    batch.advantages[4, 2] = float("nan")
-    with pytest.raises(TrainingError, match=r"the loss of episode 4 is nan \(prompt 'prompt 4'\)"):
-        pipeline.update(batch)
-    assert all(torch.equal(weights, before[name]) for name, weights in pipeline.trained().items())
-    assert not pipeline.loaded.optimizer.state_dict()["state"]
-
-
-def test_an_infinite_gradient_of_finite_losses_moves_nothing(tiny_run: TinyRun) -> None:
-    pipeline = Pipeline(tiny_run(**{"rollout.batch_size": 8, "ppo.minibatches": 1}))
-    batch, before = batch_of(pipeline), pipeline.trained()
-    pipeline.roles.value.head.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingError, match="the gradient is not finite although every loss is"):
-        pipeline.update(batch)
-    assert all(torch.equal(weights, before[name]) for name, weights in pipeline.trained().items())
 
 
 @pytest.mark.parametrize("plan", [{"models.lora": None}, SINGLE], ids=["separate", "single"])

@@ -53,7 +53,7 @@ def short_attention(
     length = query.shape[2]
     plain = (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and _computed_in(query) == torch.bfloat16
         and torch.is_grad_enabled()
         and attention_mask is None
         and causal
@@ -67,6 +67,7 @@ def short_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         return output
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     rows, heads, _, width = query.shape
     shared = key.shape[1]
     grouped = query.reshape(rows, shared, heads // shared * length, width)
@@ -76,3 +77,8 @@ def short_attention(
     weights = (weights.float() * scale).masked_fill_(hidden, float("-inf")).softmax(-1).to(value.dtype)
     mixed = torch.matmul(weights.view(rows, shared, heads // shared * length, length), value)
     return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """Rotary embeddings may leave queries in float32, which autocast would convert."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quartet.distributed import WeightKeeper, WholeWeights
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.branch import Branch
 from quartet.models.plan import BackboneSpec
@@ -29,6 +30,8 @@ class Backbone(nn.Module):
         self.dtype = dtype
         """Computation dtype; the weights of a trained backbone stay in float32."""
         self.adapters = AdapterSwitch(model)
+        self.weights: WeightKeeper = WholeWeights()
+        """Gathers the weights where processes hold shares of them."""
         self._recomputes = False
         layers = spec.frozen_layers or frozen_layers
         self.branch = Branch(self.transformer, layers) if layers else None
@@ -40,10 +43,19 @@ class Backbone(nn.Module):
         assert isinstance(trunk, nn.Module)
         return trunk
 
+    def heads(self) -> list[nn.Module]:
+        """What the model has beside its transformer: an LM head or nothing."""
+        return [module for name, module in self.model.named_children() if name != self.model.base_model_prefix]
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def whole_bytes(self) -> int:
+        """Bytes of all weights in the computation dtype, wherever they are."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())  # DeepSpeed leaves its count there
+        return sum(sizes) * self.dtype.itemsize
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to the computation dtype."""

@@ -102,8 +102,11 @@ class Branch:
             self._transformer._modules[self._name] = self._whole
 
 
-def layer_list(transformer: nn.Module) -> tuple[str, nn.ModuleList]:
+def layer_list(transformer: nn.Module, option: str = "models.freeze_layers") -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its attribute's name.
+
+    Args:
+        option: what needs it, for the message.
 
     Raises:
         ConfigError: the family keeps its layers elsewhere.
@@ -113,8 +116,7 @@ def layer_list(transformer: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(child, nn.ModuleList) and len(child) == depth:
             return name, child
     raise ConfigError(
-        f"models.freeze_layers cannot be used with {type(transformer).__name__}: it holds no list of its {depth} layers; "
-        "use models.freeze_layers=0"
+        f"{option} cannot be used with {type(transformer).__name__}: it holds no list of its {depth} layers; leave it out"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from quartet.errors import CheckpointError
+from quartet.models.hub_headers import Entry, hub_headers
 
 Kind = Literal["sft", "reward"]
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,6 +55,10 @@ class CheckpointInfo:
     config: PretrainedConfig
     """Of the full checkpoint."""
     trust_remote_code: bool = False
+    headers_only: bool = False
+    """Whether weights on the Hub that are not in the local cache are left there, and only their headers are fetched."""
+    origin: str | None = None
+    """Folder that `base` is a converted copy of, where it is one."""
 
     @property
     def key(self) -> str:
@@ -68,6 +72,8 @@ class CheckpointInfo:
         Raises:
             CheckpointError: no safetensors file, or a damaged one.
         """
+        if self.headers_only and not _at_hand(self.base):
+            return _on_hub(self.base, hub_headers(self.base, self.key))
         return read_headers(weight_files(self.base, self.key))
 
     @cached_property
@@ -75,6 +81,8 @@ class CheckpointInfo:
         """Tensors of the adapter by name; empty for a full checkpoint."""
         if self.adapter is None:
             return {}
+        if self.headers_only and not _at_hand(self.adapter, ADAPTER_WEIGHTS):
+            return _on_hub(self.adapter, hub_headers(self.adapter, self.key, file=ADAPTER_WEIGHTS))
         return read_headers([_file(self.adapter, ADAPTER_WEIGHTS, self.key)])
 
     @cached_property
@@ -83,8 +91,13 @@ class CheckpointInfo:
         return {} if self.adapter is None else _json(_file(self.adapter, ADAPTER_CONFIG, self.key), self.key)
 
 
-def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -> CheckpointInfo:
+def read_checkpoint(
+    name: str, kind: Kind, *, trust_remote_code: bool = False, headers_only: bool = False
+) -> CheckpointInfo:
     """Describe a local folder or Hub id.
+
+    Args:
+        headers_only: fetch no weights from the Hub (see `CheckpointInfo.headers_only`); for planning.
 
     Raises:
         CheckpointError: nothing there, no configuration, an adapter whose base is missing, or pickled weights only.
@@ -109,35 +122,17 @@ def read_checkpoint(name: str, kind: Kind, *, trust_remote_code: bool = False) -
                 f"set base_model_name_or_path in its {ADAPTER_CONFIG}"
             )
     config = _model_config(base, key, trust_remote_code, adapter)
-    info = CheckpointInfo(kind, name, base, adapter, config, trust_remote_code)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise CheckpointError(
+            f"{key}={name!r} is already quantized ({method}), and gradients through stored formats are not vouched for; "
+            "give the full-precision checkpoint and set models.quantization"
+        )
+    info = CheckpointInfo(kind, name, base, adapter, config, trust_remote_code, headers_only)
     assert isinstance(info.tensors, dict)  # reads the headers, so that damaged or pickled weights end here
     assert isinstance(info.adapter_tensors, dict)
     return info
-
-
-def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
-    """Whether two checkpoints rest on the same full weights, judged by headers and bytes, not by path.
-
-    Heads may differ (a language model's file may hold `lm_head`, a classifier's `score`): tensors that only one file holds
-    must be one (an outermost layer with a row for each token, or with few rows). All shared tensors must agree in dtype and
-    shape, and in their bytes: small ones and whatever has a row for each token are compared whole, large ones at `_BLOCKS`
-    places.
-    """
-    mine, theirs = one.tensors, other.tensors
-    shared = sorted(mine.keys() & theirs.keys())
-    if not shared or any((mine[k].dtype, mine[k].shape) != (theirs[k].dtype, theirs[k].shape) for k in shared):
-        return False
-    vocabulary = getattr(one.config.get_text_config(), "vocab_size", None)
-    for name in mine.keys() ^ theirs.keys():
-        rows = (mine.get(name) or theirs[name]).shape[:1]
-        head = name.count(".") == 1 and bool(rows) and (rows[0] == vocabulary or rows[0] <= _LABELS)
-        if not head:
-            return False
-    return all(
-        (mine[k].file.samefile(theirs[k].file) and mine[k].offsets == theirs[k].offsets)
-        or _digest(mine[k], vocabulary) == _digest(theirs[k], vocabulary)
-        for k in shared
-    )
 
 
 def weight_files(name: str, key: str) -> list[Path]:
@@ -154,11 +149,36 @@ def weight_files(name: str, key: str) -> list[Path]:
         if _optional_file(name, "pytorch_model.bin") or _optional_file(name, "pytorch_model.bin.index.json"):
             raise CheckpointError(
                 f"{key}={name!r} holds pickled weights (.bin) only, and unpickling can run code; "
-                "convert it with save_pretrained(safe_serialization=True)"
+                "convert it with save_pretrained(), or set models.allow_pickle=true for a local folder that you trust"
             )
         raise CheckpointError(f"{key}={name!r} holds no model.safetensors; give a folder written by save_pretrained")
     parts = sorted(set(_json(index, key).get("weight_map", {}).values()))
     return [_file(name, part, key) for part in parts]
+
+
+def _at_hand(name: str, file: str | None = None) -> bool:
+    """Whether weights are in a local folder or in the Hub's cache, so that reading them fetches nothing."""
+    if Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+
+    def cached(part: str) -> Path | None:
+        found = cached_file(
+            name,
+            part,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(found) if found else None
+
+    if file is not None or cached("model.safetensors"):
+        return cached(file or "model.safetensors") is not None
+    index = cached("model.safetensors.index.json")
+    return index is not None and all(cached(part) for part in set(_json(index, name).get("weight_map", {}).values()))
+
+
+def _on_hub(name: str, entries: dict[str, Entry]) -> dict[str, TensorInfo]:
+    return {tensor: _entry(entry, Path(name) / file) for tensor, (file, entry) in entries.items()}
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
@@ -204,29 +224,6 @@ def read_tensor(info: TensorInfo, name: str) -> Tensor:
     with safe_open(info.file, framework="pt") as stored:
         tensor: Tensor = stored.get_tensor(name)
         return tensor
-
-
-_BLOCKS, _BLOCK = 64, 16_384
-"""Places and bytes at which a large tensor is looked at; one below `_WHOLE` bytes is read whole."""
-_WHOLE = 4 << 20
-_LABELS = 64
-"""Most rows of a classifier's head."""
-
-
-def _digest(info: TensorInfo, vocabulary: int | None) -> bytes:
-    """Hash of a tensor's bytes, or of evenly spaced blocks of them."""
-    whole = info.nbytes <= _WHOLE or (vocabulary is not None and info.shape[:1] == (vocabulary,))
-    digest = hashlib.sha256()
-    with info.file.open("rb") as stream:
-        begin = 8 + struct.unpack("<Q", stream.read(8))[0] + info.offsets[0]
-        stream.seek(begin)
-        if whole:
-            digest.update(stream.read(info.nbytes))
-            return digest.digest()
-        for place in range(_BLOCKS):
-            stream.seek(begin + (info.nbytes - _BLOCK) * place // (_BLOCKS - 1))
-            digest.update(stream.read(_BLOCK))
-    return digest.digest()
 
 
 def _model_config(base: str, key: str, trust_remote_code: bool, adapter: str | None) -> PretrainedConfig:

@@ -37,7 +37,8 @@ class LogitHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, H]` to logits `[n, vocabulary]`, row by row."""
-        logits: Tensor = self._shell(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+        # `forward`, not a call: hooks on the model (DeepSpeed's) are not meant for its shell.
+        logits: Tensor = self._shell.forward(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0)
 
     @property

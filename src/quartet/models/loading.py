@@ -18,10 +18,14 @@ from quartet.errors import CheckpointError
 from quartet.models import adapters
 from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
+from quartet.models.base_comparison import same_base
 from quartet.models.branch import copy_top, freeze_trunk
 from quartet.models.cache import mappable
-from quartet.models.checkpoint_info import CheckpointInfo, same_base
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
+from quartet.models.linears import use_fast_linears
+from quartet.models.offload import Residency, make_residency
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
 from quartet.models.precision import resolve_device, resolve_dtype
 from quartet.models.quantize import quantization_config, seal
@@ -47,13 +51,37 @@ def plan_for(models: ModelsConfig, sft: CheckpointInfo, reward: CheckpointInfo) 
     )
 
 
+def convert_weights(
+    models: ModelsConfig, plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, *, mapped: bool
+) -> None:
+    """Write the converted copies that `load_roles` will map, where they are not in the cache yet.
+
+    Raises:
+        CheckpointError: a copy cannot be written.
+    """
+    device = resolve_device(models.device)
+    dtype = resolve_dtype(models.dtype, device)
+    for spec in plan.backbones:
+        frozen = not spec.trainable
+        if mapped or (frozen and device.type == "cpu" and models.quantization is None):
+            info = sft if spec.task == "language_model" else reward
+            mappable(info, dtype if frozen else torch.float32)
+
+
 def load_roles(
-    models: ModelsConfig, plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, *, seed: int
+    models: ModelsConfig,
+    plan: SharingPlan,
+    sft: CheckpointInfo,
+    reward: CheckpointInfo,
+    *,
+    seed: int,
+    mapped: bool = False,
 ) -> Roles:
     """Load every backbone of the plan once, attach adapters and heads, and set what is trained.
 
     Args:
         seed: of freshly drawn adapters.
+        mapped: leave all backbones on the host, mapped from their files, to be cut into shares.
 
     Raises:
         CheckpointError: a checkpoint that does not fit its role.
@@ -72,10 +100,13 @@ def load_roles(
             backbones[spec.name] = _upper(spec, backbones[spec.top_of])
             continue
         quantization = None if spec.trainable else models.quantization
-        model = _load_weights(spec, info, torch.float32 if spec.trainable else dtype, device, quantization)
+        place = torch.device("cpu") if mapped else device
+        weights = torch.float32 if spec.trainable else dtype
+        model = _load_weights(spec, info, weights, place, quantization, mapped or not spec.trainable)
         _attach(spec, model, models, by_source, seed)
         backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
-    return _views(plan, backbones, score, value)
+    where = make_residency(models.offload, plan, backbones, device, models.quantization)
+    return _views(plan, backbones, score, value, where)
 
 
 def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) -> ScalarHead:
@@ -87,7 +118,9 @@ def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) ->
     return ScalarHead(start, score.name)
 
 
-def _views(plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead, value: ScalarHead) -> Roles:
+def _views(
+    plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead, value: ScalarHead, residency: Residency
+) -> Roles:
     logits = {n: LogitHead(b.model) for n, b in backbones.items() if b.spec.task == "language_model"}
 
     def language(role: Any) -> LanguageView:
@@ -107,11 +140,17 @@ def _views(plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead,
         value=critic,
         reward=scalar("reward", score),
         trained=TrainedPair(policy, critic),
+        residency=residency,
     )
 
 
 def _load_weights(
-    spec: BackboneSpec, info: CheckpointInfo, dtype: torch.dtype, device: torch.device, quantization: str | None
+    spec: BackboneSpec,
+    info: CheckpointInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+    mapped: bool,
 ) -> PreTrainedModel:
     config = without_dropout(info.config)
     config.use_cache = False
@@ -123,7 +162,7 @@ def _load_weights(
         options["quantization_config"] = quantization_config(quantization, dtype)
         if device.type == "cuda":
             options["device_map"] = {"": device}  # bitsandbytes quantizes on the way to the GPU
-    mapped = device.type == "cpu" and quantization is None and not spec.trainable
+    mapped = mapped and device.type == "cpu" and quantization is None
     place = mappable(info, dtype) if mapped else spec.checkpoint
     try:
         with _quiet():
@@ -194,6 +233,8 @@ def _attach(
 def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
     model.eval()
     use_short_attention(model)
+    use_fast_linears(model)
+    use_fused_layers(model)
     model.requires_grad_(spec.trainable)
     if spec.frozen_layers:
         freeze_trunk(model, spec.frozen_layers, dtype)

@@ -1,4 +1,4 @@
-"""Frozen backbones in 4 or 8 bit through bitsandbytes, with its traps closed."""
+"""Frozen backbones in 4 or 8 bit through bitsandbytes or torchao, with their traps closed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ BLOCK = 64
 """Weights that share one scale in nf4; a row must be whole blocks."""
 
 
+LIBRARIES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "torchao-int8": "torchao"}
+
+
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` needs to quantize while it loads: nf4 with double quantization, or LLM.int8.
+    """What `from_pretrained` needs to quantize while it loads: nf4 with double quantization, LLM.int8, or int8 weights.
 
     Heads stay as they are: transformers leaves output embeddings and classification heads alone.
 
     Args:
-        kind: 4bit or 8bit.
+        kind: 4bit, 8bit or torchao-int8.
         dtype: of the matrix products.
 
     Raises:
-        ConfigError: bitsandbytes is not installed.
+        ConfigError: the library is not installed.
     """
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if find_spec("bitsandbytes") is None:
+    library = LIBRARIES[kind]
+    if find_spec(library) is None:
         raise ConfigError(
-            f"models.quantization={kind} needs bitsandbytes, which is not installed; pip install quartet-rlhf[quantization]"
+            f"models.quantization={kind} needs {library}, which is not installed; pip install quartet-rlhf[quantization]"
         )
+    if kind == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -43,7 +51,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
 
 
 def seal(model: nn.Module, kind: str) -> None:
-    """Close the traps of a freshly quantized model.
+    """Check a freshly quantized model, and close its traps.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward without gradients (any rollout) to a
     kernel that has no backward, after which gradients of the layers below vanish silently. That kernel is turned off.
@@ -51,20 +59,28 @@ def seal(model: nn.Module, kind: str) -> None:
     Raises:
         ConfigError: nothing was quantized, or a layer's rows are not whole blocks of 64.
     """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    wanted = Linear4bit if kind == "4bit" else Linear8bitLt
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, wanted)]
+    layers = _quantized_layers(model, kind)
     if not layers:
         raise ConfigError(
             f"models.quantization={kind} found no linear layer to quantize in {type(model).__name__}; "
             "use models.quantization=null"
         )
+    if kind != "4bit":
+        return
     for name, layer in layers:
-        if kind == "4bit":
-            if layer.in_features % BLOCK:
-                raise ConfigError(
-                    f"models.quantization=4bit needs rows of whole blocks of {BLOCK} weights, and {name} has "
-                    f"{layer.in_features} inputs; use models.quantization=8bit"
-                )
-            layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % BLOCK:
+            raise ConfigError(
+                f"models.quantization=4bit needs rows of whole blocks of {BLOCK} weights, and {name} has "
+                f"{layer.in_features} inputs; use models.quantization=8bit"
+            )
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _quantized_layers(model: nn.Module, kind: str) -> list[tuple[str, Any]]:
+    if LIBRARIES[kind] == "torchao":
+        weights = [(name, getattr(module, "weight", None)) for name, module in model.named_modules()]
+        return [(name, weight) for name, weight in weights if type(weight).__module__.startswith("torchao.")]
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    wanted = Linear4bit if kind == "4bit" else Linear8bitLt
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, wanted)]

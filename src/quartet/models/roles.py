@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
+from quartet.models.offload import Residency
 from quartet.models.plan import Role, SharingPlan
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
@@ -73,7 +74,7 @@ class LanguageView(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The same from last hidden states `[n, L, H]`."""
         selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
-        with self.backbone.role(self.adapter):
+        with self.backbone.role(self.adapter), self.backbone.weights.head():
             logprobs, entropy = chunked_logprobs(
                 selected,
                 self.head,
@@ -107,23 +108,31 @@ class ScalarView(nn.Module):
 
     def from_hidden(self, hidden: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
         """The same from last hidden states `[n, L, H]`."""
-        numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.positions_before(mask)])
+        with self.backbone.weights.done():
+            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.positions_before(mask)])
         return _scattered(numbers, mask)
 
     def scores(self, sequences: Sequences) -> Tensor:
         """The number at the last token of each sequence: `[n]`."""
         hidden = self.backbone.hidden(sequences, self.adapter)
-        numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.last_positions()])
+        with self.backbone.weights.done():
+            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.last_positions()])
         return numbers
 
 
 class TrainedPair(nn.Module):
-    """Policy and value: one call gives both outputs, one backward reaches both."""
+    """Policy and value. One call gives both outputs; called one after the other, each with its backward pass, they hold
+    the activations of one at a time."""
 
     def __init__(self, policy: LanguageView, value: ScalarView) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the value is a head on the policy's own states, so that one forward pass serves both."""
+        return (self.value.backbone, self.value.adapter) == (self.policy.backbone, self.policy.adapter)
 
     def forward(
         self,
@@ -141,7 +150,7 @@ class TrainedPair(nn.Module):
         logprobs, entropy = policy.from_hidden(
             hidden, sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
-        if (value.backbone, value.adapter) != (policy.backbone, policy.adapter):
+        if not self.one_pass:
             hidden = value.backbone.hidden(sequences, value.adapter)
         return logprobs, entropy, value.from_hidden(hidden, sequences, value_mask)
 
@@ -157,6 +166,11 @@ class Roles:
     value: ScalarView
     reward: ScalarView
     trained: TrainedPair
+    residency: Residency
+
+    def use(self, *roles: Role) -> None:
+        """Make the weights of these roles usable; call it before they run. Those of others may leave the device."""
+        self.residency.use(*roles)
 
     def trained_parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         """Named parameters that training moves for `policy` or `value`, in a fixed order."""

@@ -11,6 +11,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from quartet.models.linears import FastLinear, FastLoraLinear
+
 _SMALLEST_SIDE = 64
 """Below, as in a LoRA matrix, the call costs more than the product."""
 _FEWEST_ROWS = 4
@@ -28,8 +30,8 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None) -> I
     is in bfloat16, autocast would convert all weights in every step: here each is converted once, into oneDNN's own
     layout, and the copy is dropped at the end (2 bytes for each weight meanwhile).
 
-    Quantized layers, GPT-2's Conv1D, LoRA variants and layers whose forward another library has replaced stay as they
-    are.
+    Weights that are fetched for each use, quantized layers, GPT-2's Conv1D, LoRA variants and layers whose forward another
+    library has replaced stay as they are.
 
     Args:
         dtype: of the computation.
@@ -41,9 +43,11 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None) -> I
             forward = None
             if "forward" in vars(module):
                 continue
-            if type(module) is nn.Linear:
+            if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
                 forward = _linear_forward(module, dtype)
-            elif type(module) is LoraLinear and adapter is not None:
+            elif (
+                isinstance(module, LoraLinear) and type(module) in (LoraLinear, FastLoraLinear) and adapter is not None
+            ):
                 forward = _lora_forward(module, dtype, adapter)
             if forward is not None:
                 module.__dict__["forward"] = forward
@@ -56,6 +60,8 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None) -> I
 
 def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     weight = module.weight
+    if not _is_here(weight):
+        return None
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or min(weight.shape) < _SMALLEST_SIDE:
         return None
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -66,6 +72,11 @@ def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor],
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
         return partial(_packed, packed, None if module.bias is None else module.bias.detach().to(dtype))
     return None
+
+
+def _is_here(weight: Tensor) -> bool:
+    """Whether this process holds the weight: not where it is cut into shares and fetched for each use."""
+    return type(weight) is nn.Parameter and weight.numel() > 0
 
 
 def _float32(module: nn.Linear, states: Tensor) -> Tensor:
@@ -85,7 +96,7 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
         return None
     low: Any = module.lora_A[adapter]
     high: Any = module.lora_B[adapter]
-    if high.bias is not None:
+    if high.bias is not None or not _is_here(low.weight):
         return None
     down = low.weight.detach().to(dtype).t()
     up = (high.weight.detach() * module.scaling[adapter]).to(dtype).t()

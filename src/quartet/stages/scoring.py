@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch import Tensor
 from quartet.errors import TrainingError
 from quartet.models.roles import Roles
 from quartet.ops.rewards import ScorePlacement, value_mask
-from quartet.records import Rollout, Scored
+from quartet.records import Rollout, Scored, Sequences
 from quartet.stages.batching import SequenceTable, microbatches
-from quartet.stages.trunks import TrunkStates
+from quartet.stages.trunks import TrunkStates, with_trunks
 
 Scorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Prompts and responses as text to one number an episode."""
@@ -44,18 +43,28 @@ def score_rollout(
         RewardError: from `extra`.
     """
     mask = rollout.response_mask
-    _refuse_not_finite(rollout.logprobs.sum(-1), rollout, "policy", "models.sft")
     values_at = value_mask(mask, placement)
     table = SequenceTable.of(rollout)
     ref_logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     scores = torch.zeros(len(mask), device=mask.device)
-    lengths, trunks = table.lengths(), TrunkStates(len(mask))
-    for chosen, plain in microbatches(table, lengths, list(range(len(mask))), rows):
-        sequences = replace(plain, trunks=roles.trunk_states(plain))
-        trunks.keep(chosen, lengths, sequences.trunks)
+    trunks = _trunks(table, roles, rows)
+
+    def batches() -> Iterator[tuple[Tensor, Sequences]]:
+        for chosen, plain in microbatches(table, table.lengths(), list(range(len(mask))), rows):
+            yield chosen, with_trunks(plain, trunks, chosen)
+
+    # Role by role, so that only one role's weights need to be on the device.
+    roles.use("reference")
+    for chosen, sequences in batches():
         ref_logprobs[chosen] = roles.reference(sequences, mask[chosen], temperature=temperature)[0]
+    roles.use("value")
+    for chosen, sequences in batches():
         values[chosen] = roles.value(sequences, values_at[chosen])
+    roles.use("reward")
+    for chosen, sequences in batches():
         scores[chosen] = roles.reward.scores(sequences)
+    # After the forward passes: under an engine that cuts weights, all processes take part in each of them.
+    _refuse_not_finite(rollout.logprobs.sum(-1), rollout, "policy", "models.sft")
     _refuse_not_finite(scores, rollout, "reward model", "models.reward")
     _refuse_not_finite(values.sum(-1), rollout, "value model", "ppo.value_learning_rate")
     _refuse_not_finite(ref_logprobs.sum(-1), rollout, "reference", "models.sft")
@@ -64,7 +73,17 @@ def score_rollout(
         responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
         scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
         _refuse_not_finite(scores, rollout, "weighted sum of rewards", "rewards")
-    return Scored(rollout, ref_logprobs, values, values_at, scores, trunks.rows())
+    return Scored(rollout, ref_logprobs, values, values_at, scores, trunks)
+
+
+def _trunks(table: SequenceTable, roles: Roles, rows: int) -> dict[str, tuple[Tensor, ...]]:
+    """States after the frozen layers, for both roles of each pair and for the epochs of the update."""
+    lengths = table.lengths()
+    kept = TrunkStates(len(lengths))
+    roles.use("policy", "value")
+    for chosen, plain in microbatches(table, lengths, list(range(len(lengths))), rows):
+        kept.keep(chosen, lengths, roles.trunk_states(plain))
+    return kept.rows()
 
 
 def _refuse_not_finite(numbers: Tensor, rollout: Rollout, giver: str, key: str) -> None:

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quartet.config import PPOConfig
 from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
-from quartet.models.roles import TrainedPair
 from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
 from quartet.records import Advantaged, Sequences, UpdateStats
+from quartet.stages.bad_steps import BadSteps, step_unless
 from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.out_of_memory import is_out_of_memory, release_memory
 from quartet.stages.trunks import with_trunks
-
-
-@dataclass
-class _Sums:
-    """Sums over response tokens, kept on the device until the update is over."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    max_log_ratio: Tensor | None = None
-    norms: list[Tensor] = field(default_factory=list)
-    gap: Tensor | None = None
-    """[sum of |new - old| log-probability, tokens] of the first minibatch, before any step moved the weights."""
-
-    def add(self, **tensors: Tensor) -> None:
-        for name, tensor in tensors.items():
-            total = tensor.detach().sum()
-            self.totals[name] = self.totals[name] + total if name in self.totals else total
-
-    def see(self, log_ratio: Tensor, mask: Tensor) -> None:
-        if not self.norms:
-            gap = torch.stack([log_ratio.abs().sum(), mask.sum()]).detach()
-            self.gap = gap if self.gap is None else self.gap + gap
-        largest = log_ratio.detach().abs().max()
-        self.max_log_ratio = largest if self.max_log_ratio is None else torch.maximum(self.max_log_ratio, largest)
+from quartet.stages.update_sums import UpdateSums, update_stats
 
 
 class Updater:
@@ -49,14 +29,20 @@ class Updater:
 
     def __init__(
         self,
-        trained: TrainedPair,
+        trained: nn.Module,
         optimizer: torch.optim.Optimizer,
         engine: ProcessEngine,
         ppo: PPOConfig,
         *,
         temperature: float,
         seed: int,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """
+        Args:
+            trained: called as a `TrainedPair` is.
+            say: told when microbatches are made smaller because memory ran out.
+        """
         self._trained = trained
         self._optimizer = optimizer
         self._engine = engine
@@ -64,23 +50,34 @@ class Updater:
         self._temperature = temperature
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._rows = ppo.microbatch_rows
+        # Several processes cannot repeat what one of them failed at, nor can engines that hold shares of the gradients.
+        self._alone = engine.world_size == 1 and not engine.shares_state
+        self._say = say
 
-    def update(self, batch: Advantaged, *, iteration: int) -> UpdateStats:
+    def update(self, batch: Advantaged, *, iteration: int, bad_steps: int = 0) -> UpdateStats:
         """`epochs` passes over the batch.
 
+        A minibatch with a loss or gradient that is not finite takes no step and is counted.
+
+        Args:
+            bad_steps: how many steps in a row up to now were not taken.
+
         Raises:
-            TrainingError: a loss or gradient that is not finite, before the optimizer step; the weights are as they were
-                after the last good step.
+            TrainingError: `ppo.max_bad_steps` in a row were not taken, or a single sequence needs more memory than there
+                is; the weights are as they were after the last good step.
         """
         ppo, table = self._ppo, SequenceTable.of(batch.scored.rollout)
-        lengths, sums, steps = table.lengths(), _Sums(), 0
+        lengths, sums, guard = table.lengths(), UpdateSums(), BadSteps(ppo.max_bad_steps, bad_steps)
         count = len(lengths) // ppo.minibatches
         for epoch in range(ppo.epochs):
             order = self._permutation(len(lengths), iteration, epoch)
             for start in range(0, len(order), count):
-                self._minibatch(batch, table, lengths, order[start : start + count], sums)
-                steps += 1
-        return _stats(self._engine, sums, steps)
+                self._minibatch(batch, table, lengths, order[start : start + count], sums, guard)
+        skipped, in_a_row = guard.finish(
+            batch.scored.rollout.prompts, lambda row: self._replay(batch, table, lengths, row), self._engine.gather
+        )
+        return update_stats(self._engine, sums, ppo.epochs * ppo.minibatches, skipped, in_a_row)
 
     def _permutation(self, count: int, iteration: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + iteration) * 1_009 + epoch)
@@ -88,105 +85,142 @@ class Updater:
         return order
 
     def _minibatch(
-        self, batch: Advantaged, table: SequenceTable, lengths: list[int], rows: list[int], sums: _Sums
+        self,
+        batch: Advantaged,
+        table: SequenceTable,
+        lengths: list[int],
+        rows: list[int],
+        sums: UpdateSums,
+        guard: BadSteps,
     ) -> None:
-        scored, ppo = batch.scored, self._ppo
-        device = table.input_ids.device
-        chosen = torch.tensor(rows, device=device)
-        counts = torch.stack([scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()])
-        policy_tokens, value_tokens = self._engine.sum(counts)
-        losses: list[tuple[Tensor, Tensor]] = []
+        seen, part, losses = self._gradients_within_memory(batch, table, lengths, rows)
+        norm = self._engine.clip_gradients(self._parameters, self._ppo.max_grad_norm).detach()
+        bad = self._engine.sum((~(norm.isfinite() & losses.isfinite().all())).int()) > 0
+        step_unless(bad, self._optimizer, lambda: self._engine.step(self._optimizer))
+        seen.norms.append(norm)
+        sums.merge(seen, bad)
+        guard.see(bad, part, losses)
+
+    def _gradients_within_memory(
+        self, batch: Advantaged, table: SequenceTable, lengths: list[int], rows: list[int]
+    ) -> tuple[UpdateSums, Tensor, Tensor]:
+        """`_gradients`, with ever smaller microbatches where memory runs out.
+
+        Every attempt starts from no gradient at all, so that what a broken-off pass left counts nowhere.
+        """
+        while True:
+            try:
+                return self._gradients(batch, table, lengths, rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._alone:
+                    raise
+            self._halve_rows()
+
+    def _halve_rows(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        for part, plain in microbatches(table, lengths, rows, ppo.microbatch_rows):
+        release_memory()
+        if self._rows == 1:
+            raise TrainingError(
+                "memory ran out in the update with a single sequence (ppo.microbatch_rows=1); `quartet plan --memory` finds "
+                "what fits, such as models.gradient_checkpointing=true or models.lora={}"
+            )
+        self._rows //= 2
+        self._say(
+            f"out of memory in the update: going on with {self._rows} sequences at once instead of "
+            f"ppo.microbatch_rows={self._ppo.microbatch_rows}; the gradient is the same"
+        )
+
+    def _gradients(
+        self, batch: Advantaged, table: SequenceTable, lengths: list[int], rows: list[int]
+    ) -> tuple[UpdateSums, Tensor, Tensor]:
+        """Forward and backward over this process's part of a minibatch: its sums, row numbers `[n]`, their losses `[n]`."""
+        scored = batch.scored
+        chosen = torch.tensor(rows, device=table.input_ids.device)
+        policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
+        sums, parts, losses = UpdateSums(), [], []
+        self._optimizer.zero_grad(set_to_none=True)
+        batches = list(microbatches(table, lengths, self._own(rows, lengths), self._rows))
+        for number, (part, plain) in enumerate(batches, start=1):
             sequences = with_trunks(plain, scored.trunks, part)
-            policy, value, bonus = self._losses(batch, part, sequences, sums)
-            row_loss = policy.sum(-1) / policy_tokens + ppo.value_coef * value.sum(-1) / value_tokens
-            if ppo.entropy_coef and bonus is not None:
-                row_loss = row_loss - ppo.entropy_coef * bonus.sum(-1) / policy_tokens
-            self._engine.backward(row_loss.sum())
-            losses.append((part, row_loss.detach()))
-        norm = self._engine.clip_gradients(self._parameters, ppo.max_grad_norm)
-        if not bool(norm.isfinite()):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(_culprit(batch, losses))
-        self._optimizer.step()
-        sums.norms.append(norm.detach())
+            row_loss = torch.zeros(len(part), device=part.device)
+            for loss, final in self._losses(batch, part, sequences, policy_tokens, value_tokens, sums):
+                self._engine.backward(loss.sum(), last=final and number == len(batches))
+                row_loss += loss.detach()
+                # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
+                del loss
+            parts.append(part)
+            losses.append(row_loss)
+        return sums, torch.cat(parts), torch.cat(losses)
+
+    def _replay(self, batch: Advantaged, table: SequenceTable, lengths: list[int], row: int) -> bool:
+        """Whether an episode alone has a finite gradient."""
+        if not self._alone:
+            return True
+        self._gradients(batch, table, lengths, [row])
+        finite = bool(self._engine.clip_gradients(self._parameters, None).isfinite())
+        self._optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def _own(self, rows: list[int], lengths: list[int]) -> list[int]:
+        """This process's episodes of a minibatch: as many for each, of like lengths."""
+        return sorted(rows, key=lambda row: -lengths[row])[self._engine.rank :: self._engine.world_size]
 
     def _losses(
-        self, batch: Advantaged, part: Tensor, sequences: Sequences, sums: _Sums
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Per-token policy loss, value loss and entropy of a microbatch, each `[n, T]`."""
-        ppo, scored = self._ppo, batch.scored
-        mask, value_mask = scored.rollout.response_mask[part], scored.value_mask[part]
-        old_logprobs, old_values = scored.rollout.logprobs[part], scored.values[part]
-        logprobs, entropy, values = self._trained(
-            sequences,
-            mask,
-            value_mask,
-            temperature=self._temperature,
-            with_entropy=True,
-            entropy_grad=ppo.entropy_coef > 0,
-        )
+        self,
+        batch: Advantaged,
+        part: Tensor,
+        sequences: Sequences,
+        policy_tokens: Tensor,
+        value_tokens: Tensor,
+        sums: UpdateSums,
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Losses `[n]` of a microbatch's rows, to be added up, and whether each is the last: the policy's, then the value's.
+
+        The value's forward pass begins when the caller is done with the policy's backward pass, so that the activations of
+        one model are in memory and not of two. Where both look at the same states, or are one module of the process engine,
+        there is one loss.
+        """
+        trained: Any = self._trained
+        mask, value_mask = batch.scored.rollout.response_mask[part], batch.scored.value_mask[part]
+        wanted = {"temperature": self._temperature, "with_entropy": True, "entropy_grad": self._ppo.entropy_coef > 0}
+        if self._engine.one_module or trained.one_pass:
+            logprobs, entropy, values = trained(sequences, mask, value_mask, **wanted)
+            policy = self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
+            yield policy + self._value_loss(batch, part, values, sums) / value_tokens, True
+            return
+        logprobs, entropy = trained.policy(sequences, mask, **wanted)
+        yield self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens, False
+        del logprobs, entropy
+        values = trained.value(sequences, value_mask)
+        yield self._value_loss(batch, part, values, sums) / value_tokens, True
+
+    def _policy_loss(
+        self, batch: Advantaged, part: Tensor, logprobs: Tensor, entropy: Tensor | None, sums: UpdateSums
+    ) -> Tensor:
+        """Clipped loss less the entropy bonus, summed over the tokens of each row: `[n]`."""
+        ppo, rollout = self._ppo, batch.scored.rollout
+        mask, old, advantages = rollout.response_mask[part], rollout.logprobs[part], batch.advantages[part]
         high = ppo.clip if ppo.clip_high is None else ppo.clip_high
-        policy = clipped_policy_loss(
-            logprobs, old_logprobs, batch.advantages[part], mask, clip_low=ppo.clip, clip_high=high
-        )
-        value = clipped_value_loss(values, old_values, batch.returns[part], value_mask, clip=ppo.value_clip)
+        loss = clipped_policy_loss(logprobs, old, advantages, mask, clip_low=ppo.clip, clip_high=high)
         with torch.no_grad():
-            sums.see((logprobs - old_logprobs).where(mask, 0.0), mask)
+            sums.see((logprobs - old).where(mask, 0.0), mask)
             sums.add(
                 tokens=mask,
-                value_tokens=value_mask,
-                policy_loss=policy,
-                value_loss=value,
-                kl=approx_kl(logprobs, old_logprobs, mask),
-                policy_clipped=policy_clipped(
-                    logprobs, old_logprobs, batch.advantages[part], mask, clip_low=ppo.clip, clip_high=high
-                ),
-                value_clipped=value_clipped(values, old_values, batch.returns[part], value_mask, clip=ppo.value_clip),
+                policy_loss=loss,
+                kl=approx_kl(logprobs, old, mask),
+                policy_clipped=policy_clipped(logprobs, old, advantages, mask, clip_low=ppo.clip, clip_high=high),
                 entropy=entropy if entropy is not None else torch.zeros_like(logprobs),
             )
-        return policy, value, entropy
+        if ppo.entropy_coef and entropy is not None:
+            loss = loss - ppo.entropy_coef * entropy
+        return loss.sum(-1)
 
-
-def _stats(engine: ProcessEngine, sums: _Sums, steps: int) -> UpdateStats:
-    names = list(sums.totals)
-    reduced = engine.sum(torch.stack([sums.totals[name].double() for name in names])).tolist()
-    total = dict(zip(names, reduced, strict=True))
-    tokens, value_tokens = total["tokens"], total["value_tokens"]
-    metrics = {
-        "policy/loss": total["policy_loss"] / tokens,
-        "policy/clip_fraction": total["policy_clipped"] / tokens,
-        "policy/entropy": total["entropy"] / tokens,
-        "value/loss": total["value_loss"] / value_tokens,
-        "value/clip_fraction": total["value_clipped"] / value_tokens,
-        "kl/update": total["kl"] / tokens,
-        "ratio/max_log": 0.0 if sums.max_log_ratio is None else sums.max_log_ratio.item(),
-        "gradient/norm": torch.stack(sums.norms).mean().item(),
-        "rollout/logprob_gap": _gap(engine, sums),
-    }
-    return UpdateStats(metrics, steps, int(tokens))
-
-
-def _gap(engine: ProcessEngine, sums: _Sums) -> float:
-    """Mean |log-probability at sampling - in training| over the first minibatch's tokens, nats; rounding alone, ideally."""
-    assert sums.gap is not None
-    total, tokens = engine.sum(sums.gap).tolist()
-    return float(total / tokens)
-
-
-def _culprit(batch: Advantaged, losses: list[tuple[Tensor, Tensor]]) -> str:
-    prompts = batch.scored.rollout.prompts
-    for part, row_loss in losses:
-        bad = (~row_loss.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            row = int(part[bad[0]])
-            return (
-                f"the loss of episode {prompts.episodes[row]} is {row_loss[bad[0]].item()} "
-                f"(prompt {prompts.texts[row][:80]!r}); the step was not taken, lower ppo.learning_rate or use "
-                "models.dtype=float32"
-            )
-    return (
-        "the gradient is not finite although every loss is; the step was not taken, lower ppo.learning_rate or use "
-        "models.dtype=float32"
-    )
+    def _value_loss(self, batch: Advantaged, part: Tensor, values: Tensor, sums: UpdateSums) -> Tensor:
+        """Clipped loss times its weight, summed over the tokens of each row: `[n]`."""
+        ppo, scored = self._ppo, batch.scored
+        mask, old, returns = scored.value_mask[part], scored.values[part], batch.returns[part]
+        loss = clipped_value_loss(values, old, returns, mask, clip=ppo.value_clip)
+        with torch.no_grad():
+            clipped = value_clipped(values, old, returns, mask, clip=ppo.value_clip)
+            sums.add(value_tokens=mask, value_loss=loss, value_clipped=clipped)
+        return ppo.value_coef * loss.sum(-1)

@@ -1,0 +1,112 @@
+"""What the benchmark scripts share: workers in processes of their own, machine and versions, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BENCH = HERE.parent / ".bench"
+"""Environments and checkpoints of the benchmarks; `make bench-peer` fills it."""
+PEER_PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark against the peer has."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help="minutes: size S only, one measurement each")
+    found.add_argument("--json", type=Path, help="write all raw figures here")
+    found.add_argument("--peer", type=Path, default=BENCH / "peer/bin/python", help="Python with TRL 1.12")
+    found.add_argument("--models", type=Path, default=BENCH / "models", help="checkpoints, made where missing")
+    found.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every worker")
+    found.add_argument("--only", default="", help="only the cases whose name contains this")
+    return found
+
+
+def require(python: Path) -> None:
+    """End with one sentence where a peer's environment is missing."""
+    if not python.exists():
+        raise SystemExit(f"{python} does not exist; create the peer's environments with: make bench-peer")
+
+
+def make_models(options: argparse.Namespace, sizes: list[str], *, early: bool) -> None:
+    """Write the checkpoints that are missing."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "peer/make_models.py"), "--out", str(options.models), *sizes]
+    _run([*command, "--early"] if early else command, options.threads, {})
+
+
+def run_worker(python: Path | str, script: str, arguments: list[str], threads: int, **environment: str) -> Any:
+    """Run a worker script alone in a fresh interpreter; its result."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [str(python), "-W", "ignore", str(HERE / script), "--out", str(out), *arguments]
+        _run(command, threads, environment)
+        return json.loads(out.read_text())
+
+
+def _run(command: list[str], threads: int, extra: dict[str, str]) -> None:
+    source = os.environ.get("PYTHONPATH", "")
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE / "peer"), source])),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **extra,
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, system."""
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return {
+        "processor": processor[1] if processor else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def own_versions() -> dict[str, str]:
+    """Versions on Quartet's side."""
+    return {name: version(name) for name in ("quartet-rlhf", "torch", "transformers", "peft", "bitsandbytes")}
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    """Versions in a peer's environment."""
+    code = (
+        "import json; from importlib.metadata import version; "
+        f"print(json.dumps({{n: version(n) for n in {PEER_PACKAGES}}}))"
+    )
+    printed = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+    found: dict[str, str] = json.loads(printed)
+    return found
+
+
+def heading(versions: dict[str, dict[str, str]], threads: int) -> str:
+    """One line on machine and one for each side."""
+    about = machine()
+    lines = [f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {threads} threads"]
+    lines += [f"{side}: " + ", ".join(f"{k} {v}" for k, v in held.items()) for side, held in versions.items()]
+    return "\n".join(lines)
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write raw figures, if asked to."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,0 +1,140 @@
+"""PPO iterations of Quartet on the benchmarks' checkpoints, phase by phase.
+
+Run by the benchmarks in a process of its own: `--root FOLDER/SIZE --out FILE.json`, workload options below. The set-up
+and the stages are those of `quartet train`, without its checkpoints, evaluations and export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, warm_up, write_result
+
+from quartet.config import Config, parse_config
+from quartet.distributed import SingleProcess
+from quartet.models.precision import resolve_device, resolve_dtype
+from quartet.run.progress import Progress
+from quartet.run.session import Session
+from quartet.stages.advantages import compute_advantages
+from quartet.stages.update import Updater
+
+
+def parse() -> argparse.Namespace:
+    """The workload; the names are those of the peer's script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plan", choices=("separate", "paired", "single"), default="separate")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"))
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--policy", default="policy")
+    parser.add_argument("--stop", choices=("eos", "none"), default="none")
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--episodes", type=int, default=32)
+    parser.add_argument("--response-length", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--return-memory", action="store_true", help="run.return_memory: true")
+    parser.add_argument("--sample-memory", action="store_true")
+    return parser.parse_args()
+
+
+def configuration(options: argparse.Namespace, folder: Path) -> Config:
+    """The configuration file that a user would write for this workload."""
+    lines = (options.root / "prompts.jsonl").read_text().splitlines(keepends=True)[: options.episodes]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(lines))
+    reward = "reward-lora" if options.plan == "single" else "reward"
+    lora = {"r": LORA_RANK, "alpha": LORA_ALPHA, "target_modules": LORA_LINEARS}
+    return parse_config(
+        {
+            "models": {
+                "sft": str(options.root / options.policy),
+                "reward": str(options.root / reward),
+                "sharing": options.plan,
+                "lora": None if options.plan == "separate" else lora,
+                "quantization": options.quantization,
+                "dtype": options.dtype,
+                "device": "cpu",
+                "gradient_checkpointing": options.checkpointing,
+            },
+            "data": {"prompts": str(prompts), "column": "text", "eval_count": 0},
+            "rollout": {
+                "batch_size": options.episodes,
+                "response_length": options.response_length,
+                "stop": "eos" if options.stop == "eos" else None,
+            },
+            "ppo": {
+                "iterations": options.iterations,
+                "epochs": options.epochs,
+                "microbatch_rows": options.rows,
+                "learning_rate": 3e-6,
+            },
+            "run": {"dir": str(folder / "run"), "seed": 7, "return_memory": options.return_memory},
+        }
+    )
+
+
+def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any]:
+    """The four stages of one iteration, each a phase."""
+    config, loaded = session.config, session.loaded
+    prompts = session.next_prompts()
+    probe.enter("rollout")
+    rollout = loaded.rollout.generate(prompts)
+    probe.enter("scoring")
+    scored = session.score(rollout)
+    batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
+    probe.enter("update")
+    updater.update(batch, iteration=session.state.iteration + 1)
+    probe.enter("between")
+    return {
+        "phases": probe.take(),
+        "prompt_tokens": sum(len(tokens) for tokens in prompts.tokens),
+        "response_tokens": int(rollout.response_mask.sum()),
+        "decode_steps": rollout.decode_steps,
+        "score": float(scored.scores.mean()),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    """Train; write the phases of every iteration."""
+    options = parse()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if options.quantization is not None:
+        import bitsandbytes  # noqa: F401 - libraries belong to the floor
+    warm_up()
+    probe = Probe(sample=options.sample_memory)
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        config = configuration(options, Path(folder))
+        probe.enter("load")
+        session = Session.start(config, progress, SingleProcess())
+        probe.enter("between")
+        start, loaded = probe.take(), session.loaded
+        updater = Updater(
+            loaded.trained, loaded.optimizer, loaded.engine, config.ppo, temperature=1.0, seed=config.run.seed
+        )
+        iterations = []
+        for done in range(options.iterations):
+            iterations.append(iteration(session, updater, probe))
+            session.state = type(session.state)(done + 1, (done + 1) * options.episodes, session.state.kl_coef)
+    result = {
+        "floor": probe.floor,
+        "load": start["load"],
+        "iterations": iterations,
+        "optimizer": f"{type(loaded.optimizer).__name__}(fused={loaded.optimizer.defaults.get('fused')})",
+        "dtype": str(resolve_dtype(config.models.dtype, resolve_device("cpu"))).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

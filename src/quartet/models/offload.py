@@ -1,0 +1,116 @@
+"""Frozen weights in host memory while no role that needs them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quartet.errors import ConfigError
+from quartet.models.backbone import Backbone
+from quartet.models.plan import Role, SharingPlan
+
+
+class Residency:
+    """Decides which weights are on the device. This one keeps all of them there."""
+
+    def use(self, *roles: Role) -> None:
+        """Make the weights of these roles usable; those of others may leave the device."""
+
+
+class Offloaded(Residency):
+    """Frozen weights live in host memory; those of the roles that are about to run are copied to the device.
+
+    Frozen weights never change, so moving out writes nothing back: the copy on the device is dropped. Trained weights,
+    heads, buffers and tensors that several backbones share stay where they are, and so does the policy's backbone, which
+    is in use nearly always.
+    """
+
+    def __init__(
+        self, plan: SharingPlan, backbones: Mapping[str, Backbone], device: torch.device, *, pin: bool = True
+    ) -> None:
+        """Move the frozen weights to host memory.
+
+        Args:
+            pin: page-locked host memory, from which a GPU copies without waiting.
+        """
+        self._plan = plan
+        self._device = device
+        owners: dict[int, set[str]] = {}
+        for name, backbone in backbones.items():
+            for parameter in backbone.model.parameters():
+                owners.setdefault(_storage(parameter), set()).add(name)
+        self._homes: dict[str, list[tuple[Tensor, list[nn.Parameter]]]] = {}
+        for name, backbone in backbones.items():
+            if name == plan.view("policy").backbone:
+                continue
+            own: dict[int, list[nn.Parameter]] = {}
+            for parameter in backbone.model.parameters():
+                if not parameter.requires_grad and owners[_storage(parameter)] == {name}:
+                    own.setdefault(_storage(parameter), []).append(parameter)
+            self._homes[name] = [(_at_home(tied[0].detach(), pin), tied) for tied in own.values()]
+        self._inside = set(self._homes)
+        self.use("policy")
+
+    def use(self, *roles: Role) -> None:
+        """Move out what these roles do not need, then move in what they do."""
+        needed = {self._plan.view(role).backbone for role in roles} & self._homes.keys()
+        for name in sorted(self._inside - needed):
+            for home, tied in self._homes[name]:
+                for parameter in tied:
+                    parameter.data = home
+        for name in sorted(needed - self._inside):
+            for home, tied in self._homes[name]:
+                copy = torch.empty_like(home, device=self._device, pin_memory=False)
+                copy.copy_(home, non_blocking=True)
+                for parameter in tied:
+                    parameter.data = copy
+        self._inside = needed
+
+
+def make_residency(
+    kind: str,
+    plan: SharingPlan,
+    backbones: Mapping[str, Backbone],
+    device: torch.device,
+    quantization: str | None,
+) -> Residency:
+    """What `models.offload` asks for.
+
+    Args:
+        kind: none or cpu.
+
+    Raises:
+        ConfigError: nothing can be moved: the models are on the CPU already, there is no backbone but the policy's, or
+            its layers keep references to their weights.
+    """
+    if kind == "none":
+        return Residency()
+    if device.type == "cpu":
+        raise ConfigError(
+            "models.offload=cpu moves frozen weights between GPU and host memory, and the models are on the CPU already; "
+            "use models.offload=none"
+        )
+    if quantization not in (None, "4bit"):
+        raise ConfigError(
+            f"models.offload=cpu cannot move layers of models.quantization={quantization}, which keep their weights to "
+            "themselves; use models.quantization=4bit or null, or models.offload=none"
+        )
+    if len(backbones) == 1:
+        raise ConfigError(
+            f"models.offload=cpu has nothing to move under the {plan.name} plan, whose one backbone is always in use; use "
+            "models.offload=none"
+        )
+    return Offloaded(plan, backbones, device)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _at_home(tensor: Tensor, pin: bool) -> Tensor:
+    if not pin:
+        return tensor
+    home = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return home.copy_(tensor)

@@ -1,0 +1,132 @@
+"""Fast linear layers against torch's and PEFT's, in float64 where the arithmetic is checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import Pipeline
+from quartet.config import LoraConfig
+from quartet.models import adapters
+from quartet.models.adapters import AdapterSwitch
+from quartet.models.linears import FastLinear, FastLoraLinear, lora_linear, restore_linears, use_fast_linears
+from quartet.models.precision import autocast
+from tiny import TinyRun
+
+CPU = torch.device("cpu")
+
+
+class Two(nn.Module):
+    """One layer over oneDNN's threshold for transposed weights, one over the plain threshold, one small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 512)
+        self.wide = nn.Linear(512, 576, bias=False)
+        self.small = nn.Linear(576, 3)
+
+    def forward(self, states: Tensor) -> Tensor:
+        result: Tensor = self.small(self.wide(torch.tanh(self.up(states))))
+        return result
+
+
+def make(*names: str, dtype: torch.dtype = torch.float32) -> Two:
+    torch.manual_seed(0)
+    model = Two().to(dtype)
+    for name in names:
+        model.requires_grad_(False)
+        adapters.attach_fresh(model, name, LoraConfig(r=4, alpha=12, target_modules=("up", "wide", "small")), seed=0)
+    for name in names:
+        for _, parameter in adapters.adapter_parameters(model, name):
+            nn.init.normal_(parameter, std=0.1)
+            parameter.requires_grad_(True)
+    return model.to(dtype)
+
+
+def gradients(model: nn.Module, states: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    states = states.detach().requires_grad_()
+    result = model(states)
+    result.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert states.grad is not None
+    return {"result": result.detach(), "states": states.grad} | found
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64)])
+@pytest.mark.parametrize("name", [None, "one"])
+def test_results_and_gradients_are_those_of_float64(name: str | None, shape: tuple[int, ...]) -> None:
+    names = () if name is None else (name, "two")
+    states = torch.randn(shape)
+    exact, fast = make(*names, dtype=torch.float64), make(*names)
+    use_fast_linears(fast)
+    assert {type(fast.up), type(fast.wide)} == ({FastLinear} if name is None else {FastLoraLinear})
+    with AdapterSwitch(exact).on(name), AdapterSwitch(fast).on(name):
+        expected, found = gradients(exact, states.double()), gradients(fast, states)
+    assert expected.keys() == found.keys()
+    assert name is None or any("lora_A.one" in key for key in found)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_the_low_rank_gradient_is_exact() -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    weight, bias = random(5, 4), random(5)
+    states, down, up = (t.requires_grad_() for t in (random(2, 3, 4), random(2, 4), random(5, 2)))
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, weight, bias, a, b, 1.7), (states, down, up))
+    expected = states @ (weight + 1.7 * up @ down).t() + bias
+    torch.testing.assert_close(lora_linear(states, weight, bias, down, up, 1.7), expected)
+
+
+def test_under_autocast_the_rounding_is_that_of_bfloat16() -> None:
+    states = torch.randn(6, 64)
+    with AdapterSwitch(exact := make("one")).on("one"):
+        expected = gradients(exact, states)
+    plain, fast = make("one"), make("one")
+    use_fast_linears(fast)
+    errors = []
+    for model in (plain, fast):
+        with AdapterSwitch(model).on("one"), autocast(CPU, torch.bfloat16):
+            found = gradients(model, states)
+        assert all(found[key].dtype == torch.float32 for key in found if "lora" in key)
+        errors.append(sum(float((found[key] - value).norm() / value.norm()) for key, value in expected.items()))
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_an_adapter_that_is_off_gets_no_gradient() -> None:
+    model = make("one", "two")
+    use_fast_linears(model)
+    switch = AdapterSwitch(model)
+    with switch.on("two"):
+        found = gradients(model, torch.randn(4, 64))
+    assert any("lora_A.two" in key for key in found)
+    assert not any("lora_A.one" in key for key in found)
+    with switch.on(None), torch.no_grad():
+        torch.testing.assert_close(model(torch.ones(4, 64)), make()(torch.ones(4, 64)))
+
+
+def test_layers_of_others_stay() -> None:
+    model = make()
+    model.up.forward = lambda states: states @ torch.ones(64, 512)  # type: ignore[method-assign]
+    use_fast_linears(model)
+    assert type(model.up) is nn.Linear
+    assert type(model.wide) is FastLinear
+    assert type(model.small) is nn.Linear
+
+
+def test_restored_layers_are_as_they_were() -> None:
+    model = make("one")
+    before = {name: type(module) for name, module in model.named_modules()}
+    use_fast_linears(model)
+    assert {name: type(module) for name, module in model.named_modules()} != before
+    restore_linears(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_loaded_backbones_use_them(tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run("llama", **{"models.lora": {"r": 4}, "models.sharing": "paired"}))
+    kinds = {type(module) for module in pipeline.roles.policy.backbone.model.modules()}
+    assert FastLoraLinear in kinds

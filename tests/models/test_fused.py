@@ -1,0 +1,110 @@
+"""Gated MLPs and RMS norms against the library's own layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+from checkpoints import write_model
+from quartet.models.fused import gated, rms_norm, use_fused_layers
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
+LAYERS = {
+    "llama mlp": lambda: LlamaMLP(LlamaConfig(**SMALL)),
+    "qwen3 mlp": lambda: Qwen3MLP(Qwen3Config(**SMALL)),
+    "gemma2 mlp": lambda: Gemma2MLP(Gemma2Config(**SMALL)),
+    "llama norm": lambda: LlamaRMSNorm(16),
+    "qwen3 norm": lambda: Qwen3RMSNorm(16),
+}
+
+
+def gradients(layer: nn.Module, states: Tensor) -> list[Tensor]:
+    states = states.detach().requires_grad_()
+    result = layer(states)
+    result.square().sum().backward()
+    grads = [states.grad, *(p.grad for p in layer.parameters())]
+    return [result.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_and_gradients_are_the_librarys(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = LAYERS[name]().to(dtype)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    fused = copy.deepcopy(plain)
+    use_fused_layers(fused)
+    assert type(fused) is not type(plain)
+    states = torch.randn(3, 5, 16, dtype=dtype)
+    expected, found = gradients(plain, states), gradients(fused, states)
+    assert len(expected) == len(found) == 1 + 1 + len(list(plain.parameters()))
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(other, one, **({"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}))
+    with torch.no_grad():
+        assert torch.equal(fused(states), plain(states))
+
+
+def test_less_is_kept() -> None:
+    kept: dict[str, int] = {}
+    for name in ("plain", "fused"):
+        layer = LlamaMLP(LlamaConfig(**SMALL))
+        if name == "fused":
+            use_fused_layers(layer)
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(torch.randn(3, 5, 16))
+        kept[name] = sum(seen.values())
+    assert kept["plain"] - kept["fused"] == 3 * 5 * 24 * 4  # the activation of the gate
+
+
+def test_exact_gradients() -> None:
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda g, u: gated(g, u, nn.functional.silu), (gate, up))
+
+
+def test_norm_against_its_formula() -> None:
+    states, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+    wide = states.detach().double().requires_grad_()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.detach().double()
+    found = rms_norm(states, weight, 1e-6)
+    torch.testing.assert_close(found.double(), exact)
+    exact.square().sum().backward()
+    found.square().sum().backward()
+    assert states.grad is not None
+    torch.testing.assert_close(states.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_another_form_stay() -> None:
+    layer = Gemma2RMSNorm(16)
+    use_fused_layers(layer)
+    assert type(layer) is Gemma2RMSNorm
+
+
+def test_a_layer_replaced_by_another_library_stays() -> None:
+    layer = LlamaRMSNorm(16)
+    layer.forward = lambda states: states  # type: ignore[method-assign]
+    use_fused_layers(layer)
+    assert type(layer) is LlamaRMSNorm
+
+
+def test_saving_a_model_knows_nothing_of_it(tmp_path: pytest.TempPathFactory) -> None:
+    write_model(tmp_path / "model", "llama", task="lm")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    names = list(model.state_dict())
+    use_fused_layers(model)
+    assert list(model.state_dict()) == names
+    assert type(copy.deepcopy(model).model.norm) is type(model.model.norm)

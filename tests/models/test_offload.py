@@ -1,0 +1,112 @@
+"""Frozen weights that leave the device between uses; here both places are host memory, and moving in makes a copy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline import Pipeline
+from quartet.errors import ConfigError
+from quartet.models.loading import count_bytes
+from quartet.models.offload import Offloaded, make_residency
+from quartet.models.plan import Role
+from tiny import TinyRun
+
+PLANS = {
+    "separate": {},
+    "frozen bottom": {"models.freeze_layers": 1},
+    "paired": {"models.lora": {"r": 4}, "models.sharing": "paired"},
+}
+
+
+def offloaded(pipeline: Pipeline) -> Pipeline:
+    roles = pipeline.roles
+    residency = Offloaded(roles.plan, roles.backbones, torch.device("cpu"), pin=False)
+    pipeline.loaded = replace(pipeline.loaded, roles=replace(roles, residency=residency))
+    return pipeline
+
+
+def places(pipeline: Pipeline) -> dict[str, set[int]]:
+    """Addresses of the frozen weights of every backbone."""
+    return {
+        name: {p.data_ptr() for p in backbone.model.parameters() if not p.requires_grad}
+        for name, backbone in pipeline.roles.backbones.items()
+    }
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_numbers_are_the_same(tiny_run: TinyRun, name: str) -> None:
+    plain, moved = Pipeline(tiny_run("llama", **PLANS[name])), offloaded(Pipeline(tiny_run("llama", **PLANS[name])))
+    for _ in range(2):
+        (expected, _), (found, _) = plain.iterate(), moved.iterate()
+        assert torch.equal(found.scored.ref_logprobs, expected.scored.ref_logprobs)
+        assert torch.equal(found.scored.scores, expected.scored.scores)
+        assert torch.equal(found.returns, expected.returns)
+        moved.roles.use("policy")
+    weights = plain.trained()
+    assert all(torch.equal(weights[key], value) for key, value in moved.trained().items())
+
+
+def test_only_what_a_role_needs_is_moved_in(tiny_run: TinyRun) -> None:
+    pipeline = offloaded(Pipeline(tiny_run("llama")))
+    home = places(pipeline)
+
+    def inside(*roles: Role) -> set[str]:
+        pipeline.roles.use(*roles)
+        now = places(pipeline)
+        assert all(now[name] == home[name] or not now[name] & home[name] for name in home)
+        return {name for name in home if now[name] != home[name]}
+
+    assert inside("reference") == {"reference"}
+    assert inside("reward") == {"reward"}
+    assert inside("value") == set()  # trained, and always there
+    assert inside("reference", "reward") == {"reference", "reward"}
+    assert inside("policy", "value") == set()
+    assert places(pipeline) == home
+
+
+def test_tied_weights_are_moved_once(tiny_run: TinyRun) -> None:
+    pipeline = offloaded(Pipeline(tiny_run("gpt2")))
+    model = pipeline.roles.backbones["reference"].model
+    before = count_bytes([model])
+    pipeline.roles.use("reference")
+    assert count_bytes([model]) == before
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()  # type: ignore[union-attr]
+
+
+def test_a_trunk_that_is_shared_with_trained_weights_stays(tiny_run: TinyRun) -> None:
+    pipeline = offloaded(Pipeline(tiny_run("llama", **PLANS["frozen bottom"])))
+    home = places(pipeline)
+    pipeline.roles.use("reference")
+    now = places(pipeline)
+    assert now["policy"] == home["policy"]
+    assert now["reference"] & home["reference"] == now["reference"] & home["policy"] != set()
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "plan", "message"),
+    [
+        ("cpu", None, "paired", "the models are on the CPU already; use models.offload=none"),
+        (
+            "cuda",
+            "8bit",
+            "paired",
+            "cannot move layers of models.quantization=8bit.*use models.quantization=4bit or null",
+        ),
+        ("cuda", None, "trunk", "has nothing to move under the paired plan|single plan"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(
+    tiny_run: TinyRun, device: str, quantization: str | None, plan: str, message: str
+) -> None:
+    roles = Pipeline(tiny_run("llama", **PLANS["paired"])).roles
+    backbones = dict(list(roles.backbones.items())[:1]) if plan == "trunk" else roles.backbones
+    with pytest.raises(ConfigError, match=message):
+        make_residency("cpu", roles.plan, backbones, torch.device(device), quantization)
+
+
+def test_the_configuration_reaches_the_refusal(tiny_run: TinyRun) -> None:
+    with pytest.raises(ConfigError, match=r"models\.offload=cpu"):
+        Pipeline(tiny_run("llama", **{"models.offload": "cpu"}))
