@@ -1,8 +1,9 @@
-"""The command line: `quartet train | plan | resume | demo`. Mistakes end in one sentence on stderr and exit code 2."""
+"""The command line: `quartet train | plan | resume | report | demo`. Mistakes end in one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = options.command(options)
     except QuartetError as error:
-        print(f"quartet: {error}", file=sys.stderr)
+        print(f"quartet{_rank()}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("quartet: interrupted", file=sys.stderr)
+        print(f"quartet{_rank()}: interrupted", file=sys.stderr)
         return 130
     return result
+
+
+def _rank() -> str:
+    """Which process speaks, where a launcher started several."""
+    return (
+        f" (process {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run PPO from a YAML file")
     train.add_argument("config", help="the YAML file")
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
+    train.add_argument("--force", action="store_true", help="run even if it is predicted not to fit into memory")
     train.set_defaults(command=_train)
     plan = commands.add_parser("plan", help="predict the memory of a configuration before anything is loaded")
     plan.add_argument("config", help="the YAML file")
@@ -43,7 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     resume = commands.add_parser("resume", help="continue a run from its newest checkpoint")
     resume.add_argument("run", type=Path, help="the run folder")
+    resume.add_argument("--from", dest="start", metavar="CHECKPOINT", help="go back to this one, such as step-000020")
+    resume.add_argument(
+        "--trust", action="store_true", help="use the reward sources and remote code that the run's config.yaml names"
+    )
     resume.set_defaults(command=_resume)
+    report = commands.add_parser("report", help="write report.html of a run: charts, and samples side by side")
+    report.add_argument("run", type=Path, help="the run folder")
+    report.set_defaults(command=_report)
     demo = commands.add_parser("demo", help="fetch a small model and human ratings, and watch PPO learn from them")
     demo.add_argument("--iterations", type=_positive, help="iterations of PPO")
     demo.add_argument("--seed", type=int, default=0, help="seed of reward model and PPO")
@@ -85,7 +101,7 @@ def _train(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from quartet.trainer import train
 
-    folder = train(config)
+    folder = train(config, force=options.force)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
     return 0
 
@@ -97,10 +113,17 @@ def _plan(options: argparse.Namespace) -> int:
     return run_plan(options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from quartet.run.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
 def _resume(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from quartet.trainer import resume
 
-    folder = resume(options.run)
+    folder = resume(options.run, start=options.start, trust=options.trust)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
     return 0

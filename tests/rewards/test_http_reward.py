@@ -40,7 +40,7 @@ def test_good_answer(endpoint, sleeps: Sleeps) -> None:
 
 
 def test_weight_and_name_without_the_query(endpoint) -> None:
-    source = HttpReward(endpoint.url + "?key=abc", weight=-2.0)
+    source = HttpReward(endpoint.url + "?model=abc", weight=-2.0)
     assert (source.name, source.weight) == (endpoint.url, -2.0)
     endpoint.rewards(0, 0)
     assert source.score(PROMPTS, RESPONSES) == [0.0, 0.0]
@@ -142,7 +142,7 @@ def test_garbage_is_quoted(endpoint, sleeps: Sleeps, body: bytes) -> None:
         score(endpoint.url, sleeps)
     quoted = repr(body.decode(errors="replace")[:200])
     assert f"answered {quoted} where" in str(caught.value)
-    assert (len(endpoint.bodies), sleeps) == (1, [])
+    assert (len(endpoint.bodies), sleeps) == (4, [0.5, 1.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -226,3 +226,20 @@ def test_certificates_are_verified() -> None:
     contexts = [handler._context for handler in opener.handlers if hasattr(handler, "_context")]
     assert [context.verify_mode for context in contexts if context] == [ssl.CERT_REQUIRED]
     assert all(context.check_hostname for context in contexts if context)
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "api_key", "access_token", "sig", "X-Amz-Signature", "password", "auth", "client_secret"]
+)
+def test_a_secret_in_the_url_is_refused_and_not_shown(endpoint, name: str) -> None:
+    """The url is written to config.yaml."""
+    with pytest.raises(RewardError, match=rf"holds a secret \({name}=\.\.\.\).* set QUARTET_REWARD_TOKEN") as caught:
+        HttpReward(f"{endpoint.url}?model=x&{name}=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_page_of_a_proxy_is_tried_again(endpoint, sleeps: Sleeps) -> None:
+    endpoint.answer(200, "<html>starting up")
+    endpoint.rewards(1.0, 2.0)
+    assert score(endpoint.url, sleeps) == [1.0, 2.0]
+    assert sleeps == [0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from quartet.cli import main
 from quartet.errors import Interrupted
-from quartet.run.checkpoint import list_checkpoints
+from quartet.run.checkpoint_folder import list_checkpoints
 from quartet.run.interrupt import stop_on_signals
 from quartet.run.metrics import read_metrics
 from quartet.run.progress import Progress
@@ -37,7 +38,7 @@ def test_first_signal_asks_second_stops(number: signal.Signals) -> None:
 def test_the_iteration_is_finished_and_the_run_goes_on_from_it(
     tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet = Progress(Console(file=(tmp_path / "log").open("w")))
+    quiet = Progress(Console(file=io.StringIO()))
     score = Session.score
 
     def interrupted(session: Session, rollout: Any) -> Any:

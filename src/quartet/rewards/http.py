@@ -5,12 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from quartet.errors import RewardError
 from quartet.rewards.check import checked_rewards
@@ -19,6 +20,7 @@ from quartet.rewards.deadline import DeadlineExceeded, call_within
 TOKEN_VARIABLE = "QUARTET_REWARD_TOKEN"
 """Environment variable with the bearer token, sent to every endpoint of the run if set."""
 MAX_ANSWER_BYTES = 16 * 1024**2
+_SECRET = re.compile(r"key|token|secret|passw|credential|signature|^sig$|^auth", re.IGNORECASE)
 _QUOTED = 200
 _FIRST_PAUSE = 0.5
 _GRACE = 1.0
@@ -28,8 +30,8 @@ class HttpReward:
     """Posts {"prompts": [...], "responses": [...]} as JSON and takes {"rewards": [...]}.
 
     TLS certificates are verified, redirects are refused (the token would follow them), an answer may have 16 MiB.
-    A refused or broken connection, a timeout or a status of 500 and above is tried again after 0.5, 1, 2 ... s; a
-    status of 400 to 499 is not.
+    A refused or broken connection, a timeout, a status of 500 and above or an answer of another form (such as a proxy's
+    page) is tried again after 0.5, 1, 2 ... s; a status of 400 to 499 and wrong rewards are not.
     """
 
     def __init__(
@@ -71,13 +73,11 @@ class HttpReward:
                 self._sleep(_FIRST_PAUSE * 2.0 ** (attempt - 1))
             try:
                 # The limit inside counts each wait for the network; the one outside ends an answer that drips.
-                answer = call_within(self._timeout + _GRACE, lambda: self._post(body))
+                return self._rewards(call_within(self._timeout + _GRACE, lambda: self._post(body)), len(responses))
             except _Temporary as error:
                 problem = str(error)
             except DeadlineExceeded:
                 problem = self._too_slow()
-            else:
-                return self._rewards(answer, len(responses))
         raise RewardError(
             f"{self._label} failed {self._retries + 1} times, at last because {problem}; check the server"
         )
@@ -134,9 +134,8 @@ class HttpReward:
             decoded = json.loads(answer)
             values = decoded["rewards"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RewardError(
-                f'{self._label} answered {self._quoted(answer)} where {{"rewards": [{count} numbers]}} is wanted; '
-                "change the server"
+            raise _Temporary(
+                f'it answered {self._quoted(answer)} where {{"rewards": [{count} numbers]}} is wanted'
             ) from error
         return checked_rewards(values, count, self._label)
 
@@ -173,6 +172,12 @@ def _checked_address(url: str) -> SplitResult:
         raise RewardError(
             f"the url of reward endpoint {parts.hostname} holds a user name or password; leave it out and set "
             f"{TOKEN_VARIABLE} instead"
+        )
+    secret = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
+    if secret:
+        raise RewardError(
+            f"the url of reward endpoint {parts.hostname} holds a secret ({secret[0]}=...), which would be written to "
+            f"config.yaml; leave it out and set {TOKEN_VARIABLE} instead"
         )
     if not usable or any(character <= " " or character > "~" for character in url):
         raise RewardError(

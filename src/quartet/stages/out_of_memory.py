@@ -1,0 +1,24 @@
+"""Memory that runs out in a forward or backward pass."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA has an error class for it, torch's CPU allocator only a text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def release_memory() -> None:
+    """Give cached blocks back, so that a smaller pass finds them whole."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def lacks_memory(stage: str) -> str:
+    """What to say where `stage` ran out of memory and no smaller pass is left to try."""
+    rows = "ppo.microbatch_rows" if stage == "update" else "rollout.batch_rows"
+    return f"memory ran out in the {stage}; lower {rows}, or ask `quartet plan --memory` what fits"
