@@ -54,7 +54,7 @@ class Pipeline:
     def updater(self) -> Updater:
         loaded, config = self.loaded, self.config
         return Updater(
-            loaded.roles.trained,
+            loaded.trained,
             loaded.optimizer,
             loaded.engine,
             config.ppo,

@@ -84,8 +84,11 @@ class UpdateStats:
     metrics: dict[str, float]
     """Means over the update's tokens; names as in metrics.jsonl."""
     optimizer_steps: int
+    """Steps taken."""
     tokens: int
     """Response tokens trained on, epochs counted."""
+    bad_steps: int = 0
+    """Steps in a row up to the update's end that were not taken, because a loss or the gradient was not finite."""
 
 
 @dataclass(frozen=True, slots=True)

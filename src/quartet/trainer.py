@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config import Config, parse_config
+from quartet.distributed import joined
 from quartet.errors import Interrupted
-from quartet.run.interrupt import StopRequest, stop_on_signals
-from quartet.run.metrics import MetricsWriter
-from quartet.run.progress import Progress
+from quartet.run.folder import RunFolder
+from quartet.run.interrupt import stop_on_signals
+from quartet.run.progress import Progress, display_of
 from quartet.run.session import Session
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.optimizer import set_learning_rate
 from quartet.stages.update import Updater
 
 
-def train(config: Config | Mapping[str, Any], *, progress: Progress | None = None) -> Path:
+def train(config: Config | Mapping[str, Any], *, progress: Progress | None = None, force: bool = False) -> Path:
     """Run PPO as configured and return the run folder; the trained models are in its `policy/` and `value/`.
+
+    Args:
+        progress: where the run is shown; standard output by default.
+        force: run even if it is predicted to need more memory than is free.
 
     Raises:
         QuartetError: a mistake in the configuration or its files (nothing is written then), or a run that cannot go on
@@ -26,48 +31,53 @@ def train(config: Config | Mapping[str, Any], *, progress: Progress | None = Non
         Interrupted: the user stopped the run; there is a checkpoint.
     """
     checked = config if isinstance(config, Config) else parse_config(config)
-    with progress or Progress() as display:
-        return _run(Session.start(checked, display))
+    with joined(checked) as engine, progress or display_of(engine) as display:
+        return _run(Session.start(checked, display, engine, force=force))
 
 
-def resume(run: str | Path, *, progress: Progress | None = None) -> Path:
-    """Continue a run from its newest checkpoint and return the run folder.
+def resume(run: str | Path, *, start: str | None = None, trust: bool = False, progress: Progress | None = None) -> Path:
+    """Continue a run from its newest checkpoint, or from the one called `start`, and return the run folder.
+
+    Args:
+        start: name of a checkpoint, such as `step-000020`; what the run did after it is removed and done again.
+        trust: use the reward functions, reward endpoints and remote code that the run folder's config.yaml names. It may
+            come from somebody else, so this has to be said.
 
     Raises:
-        CheckpointError: no run there, none of its checkpoints is whole, or the newest is damaged.
+        CheckpointError: no run there, none of its checkpoints is whole, the one to start from is damaged, or the checkpoints
+            or prompts that the run was started with have changed.
         QuartetError, Interrupted: as `train`.
     """
-    with progress or Progress() as display:
-        return _run(Session.resume(run, display))
+    folder = RunFolder(run)
+    config = folder.read_config()
+    with joined(config) as engine, progress or display_of(engine) as display:
+        return _run(Session.resume(config, display, folder, engine, start=start, trust=trust))
 
 
 def _run(session: Session) -> Path:
     """All iterations that are left, then the export."""
     config, progress = session.config, session.progress
     updater = Updater(
-        session.loaded.roles.trained,
+        session.loaded.trained,
         session.loaded.optimizer,
         session.loaded.engine,
         config.ppo,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
+        say=progress.say,
     )
     progress.start(config.ppo.iterations, f"{session.inputs.plan.name} plan, {session.folder.path}")
-    through = session.state.iteration
-    with (
-        stop_on_signals(progress.say) as stop,
-        MetricsWriter(session.folder.path, config.run.trackers, keep_through=through) as metrics,
-    ):
-        if session.state.iteration == 0:
-            session.evaluate_if_due()
+    with stop_on_signals(progress.say) as stop, session.metrics() as write:
         try:
+            session.evaluate_if_due()
             while session.state.iteration < config.ppo.iterations:
                 record = _iteration(session, updater)
-                metrics.write(record)
+                write(record)
                 progress.iteration(record)
                 session.evaluate_if_due()
-                session.checkpoint_if_due(now=stop.asked)
-                _leave_if_asked(session, stop)
+                asked = session.loaded.engine.any(stop.asked)
+                session.checkpoint_if_due(now=asked)
+                _leave_if(asked, session)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at once; go on from the newest checkpoint with: quartet resume {session.folder.path}"
@@ -82,9 +92,10 @@ def _iteration(session: Session, updater: Updater) -> dict[str, float]:
     with session.keeping_weights():
         # 0. The prompts of this iteration.
         prompts = session.next_prompts()
-        # 1. Sample responses with the policy, and keep each token's log-probability as it is sampled.
+        # 1. Sample responses with the policy, and keep each token's log-probability as it is sampled. Processes share
+        #    the prompts of an iteration, and from the scores on all of them know all episodes.
         with session.timed("rollout"):
-            rollout = loaded.rollout.generate(prompts)
+            rollout = session.generate(prompts)
         # 2. Reference log-probabilities, values, scores.
         with session.timed("scoring"):
             scored = session.score(rollout)
@@ -93,13 +104,14 @@ def _iteration(session: Session, updater: Updater) -> dict[str, float]:
             advantaged = compute_advantages(scored, ppo, kl_coef=session.state.kl_coef)
         # 4. Clipped policy and value losses over epochs, minibatches and microbatches.
         with session.timed("update"):
+            loaded.roles.use("policy", "value")
             learning_rate = set_learning_rate(loaded.optimizer, ppo, session.state.iteration)
-            stats = updater.update(advantaged, iteration=session.state.iteration + 1)
+            stats = updater.update(advantaged, iteration=session.state.iteration + 1, bad_steps=session.state.bad_steps)
     return session.finish_iteration(advantaged, stats, learning_rate=learning_rate)
 
 
-def _leave_if_asked(session: Session, stop: StopRequest) -> None:
-    if stop.asked and session.state.iteration < session.config.ppo.iterations:
+def _leave_if(asked: bool, session: Session) -> None:
+    if asked and session.state.iteration < session.config.ppo.iterations:
         raise Interrupted(
             f"stopped after iteration {session.state.iteration}; go on with: quartet resume {session.folder.path}"
         )

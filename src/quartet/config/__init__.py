@@ -4,6 +4,7 @@ from quartet.config.load import load_config, parse_config
 from quartet.config.schema import (
     Config,
     DataConfig,
+    DistributedConfig,
     LoraConfig,
     ModelsConfig,
     OptimizerConfig,
@@ -16,6 +17,7 @@ from quartet.config.schema import (
 __all__ = [
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "LoraConfig",
     "ModelsConfig",
     "OptimizerConfig",

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def _no_switch(given: Any) -> Any:
-    """YAML's true and false are numbers to Python, and never meant as such."""
-    if isinstance(given, bool):
-        raise ValueError(f"a number or name is needed, and {str(given).lower()} was given")
-    return given
-
-
-Number = BeforeValidator(_no_switch)
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1), Number]
-NonNegativeInt = Annotated[int, Field(ge=0), Number]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+from quartet.config.values import (
+    Finite,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    PositiveInt,
+    Probability,
+    RightGradients,
+    Section,
+    UnitInterval,
+)
 
 
 class LoraConfig(Section):
@@ -63,18 +53,23 @@ class ModelsConfig(Section):
     freeze_layers: NonNegativeInt = 0
     """Full fine-tuning: freeze embeddings and this many layers at the bottom; policy and reference then share them and
     their computation, value and reward model likewise."""
-    quantization: Literal["4bit", "8bit"] | None = None
-    """Hold frozen backbones in 4 bit (nf4) or 8 bit (int8) through bitsandbytes; heads, norms, embeddings and adapters
-    stay in full precision, trained weights are never quantized."""
+    quantization: Annotated[Literal["4bit", "8bit", "torchao-int8"] | None, RightGradients] = None
+    """Hold frozen backbones in 4 bit (nf4) or 8 bit (int8) through bitsandbytes, or in 8 bit through torchao; heads, norms,
+    embeddings and adapters stay in full precision, trained weights are never quantized."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Computation and frozen weights. bfloat16 keeps adapters, heads and trained weights in float32 and uses autocast.
     auto: bfloat16 where the device computes in it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models live; auto takes CUDA when there is a GPU."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu, with the models on a GPU: frozen weights live in page-locked host memory and are on the GPU only while a role
+    that needs them runs; the policy's own backbone stays."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time in the update."""
     trust_remote_code: bool = False
     """Run the model code that a checkpoint brings along. Off unless you have read that code."""
+    allow_pickle: bool = False
+    """Convert pickled weights (.bin) of local folders to safetensors in the cache, loading nothing but tensors from them."""
 
     @model_validator(mode="after")
     def _plan_fits_lora(self) -> ModelsConfig:
@@ -147,6 +142,9 @@ class RolloutConfig(Section):
     """Token that ends a response: `eos`, another token's text or id, or null to run to response_length."""
     engine: Literal["auto", "static", "dynamic"] = "auto"
     """Generation engine. static: preallocated cache with refill; dynamic: any model with a cache; auto chooses."""
+    correct_rollout: bool = False
+    """Compute the log-probabilities of the responses once more as training does, so that the update starts at a ratio of
+    exactly 1; for engines or precisions that differ (see rollout/logprob_gap)."""
     batch_rows: PositiveInt = 32
     """Rows decoded at once; more is faster and needs more memory for the cache."""
 
@@ -154,8 +152,9 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer of policy and value."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW with decoupled weight decay."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """AdamW with decoupled weight decay. adamw8bit holds its state in 8 bit through bitsandbytes; paged_adamw8bit, on a
+    GPU, also lets the state move to host memory under pressure."""
     betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
     """Adam's moment decays."""
     eps: Positive = 1.0e-5
@@ -215,6 +214,8 @@ class PPOConfig(Section):
     """Token that receives the score: the last one, or one step later where there is room (as TRL did)."""
     max_grad_norm: Positive | None = 1.0
     """Gradients of policy and value together are scaled to at most this norm; null turns it off."""
+    max_bad_steps: PositiveInt = 4
+    """A minibatch whose loss or gradient is not finite takes no optimizer step; this many in a row end the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
 
@@ -232,8 +233,24 @@ class RunConfig(Section):
     """Checkpoints kept."""
     eval_every: NonNegativeInt = 10
     """Iterations between evaluations on the fixed prompts; 0 for none but first and last."""
+    return_memory: bool | Literal["auto"] = "auto"
+    """On the CPU: return the memory of freed tensors to the system at once, which takes less memory and more time. auto
+    does so where the predicted peak is over half of the free memory."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
+
+
+class DistributedConfig(Section):
+    """How several processes share the work; they are started with torchrun."""
+
+    engine: Literal["auto", "none", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
+    """ddp: every process holds all weights. zero2 (DeepSpeed): gradients and optimizer state are cut into shares. zero3
+    (DeepSpeed) and fsdp2 (torch): weights too. auto: none for one process; for several ddp with lora, else fsdp2."""
+    gather_for_rollout: Literal["auto"] | bool = "auto"
+    """zero3 and fsdp2: hold the whole policy while it generates, or fetch every layer in every step. auto: whole where it
+    fits into half of the memory that is free after loading."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries the tensors: nccl between GPUs, gloo between CPUs."""
 
 
 class Config(Section):
@@ -251,6 +268,8 @@ class Config(Section):
     """Algorithm."""
     run: RunConfig = RunConfig()
     """Output."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Several processes."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:

@@ -1,5 +1,8 @@
 """Processes: the only place that knows whether there is one or many."""
 
-from quartet.distributed.engine import ProcessEngine, SingleProcess, start_engine
+from quartet.distributed.choose import engine_name
+from quartet.distributed.engine import ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
+from quartet.distributed.launch import joined
+from quartet.distributed.pieces import Piece
 
-__all__ = ["ProcessEngine", "SingleProcess", "start_engine"]
+__all__ = ["Piece", "ProcessEngine", "SingleProcess", "WeightKeeper", "WholeWeights", "engine_name", "joined"]

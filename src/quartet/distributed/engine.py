@@ -2,36 +2,213 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from quartet.distributed.pieces import Piece, piece_of
+
+T = TypeVar("T")
+
+
+class WeightKeeper(Protocol):
+    """Where the weights of one backbone are when they are not needed."""
+
+    def head(self) -> AbstractContextManager[None]:
+        """Hold the LM head, which runs after the decoder layers did; closes a forward pass."""
+        ...
+
+    def done(self) -> AbstractContextManager[None]:
+        """Closes a forward pass that needs no LM head."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Hold all weights whole, for many forward passes without gradients."""
+        ...
+
+
+class WholeWeights:
+    """Weights that are always whole."""
+
+    def head(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def done(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
 
 class ProcessEngine(Protocol):
-    """What the trainer needs of the processes that run it."""
+    """What the rest of the code needs of the processes that run it. Methods are collective: every process calls them, in
+    the same order."""
+
+    name: str
+    """none, ddp, zero2, zero3 or fsdp2."""
+    rank: int
+    world_size: int
+    cuts_weights: bool
+    """Whether a process holds only its share of every backbone."""
+    shares_state: bool
+    """Whether a process holds only its share of the optimizer's state."""
+    one_module: bool
+    """Whether `prepare` wraps the trained weights, so that every pass with gradients has to be one call of the whole."""
+    processes_here: int
+    """Processes on this machine, which share its memory."""
+    first_here: bool
+    """Whether this is the one process of its machine that makes files which are made once."""
+
+    # Between processes
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over all processes."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a microbatch."""
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum over all processes."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        ...
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes one below the other, by rank; each brings as many."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank; for small Python objects."""
+        ...
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """The result of `act`, which calls nothing collective; where it raises a QuartetError in one process, every process
+        raises that error."""
+        ...
+
+    # Weights
+
+    def keep(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        *,
+        entry: str,
+        head: Sequence[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> WeightKeeper:
+        """Take over the weights of a backbone.
+
+        Args:
+            module: the backbone; its forward passes begin with its method `entry`.
+            layers: its decoder layers, in order.
+            head: what of it runs after `entry`, on its own.
+            device: where it computes.
+            dtype: in which it computes.
+        """
+        ...
+
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        """A whole weight on the host in the main process, None in the others."""
+        ...
+
+    # Training
+
+    def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Take over the trained weights, after `keep`: called once, before the first step.
+
+        Returns:
+            What is to be called in place of `trained` where gradients are needed.
+        """
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of a microbatch; `last` in its minibatch."""
         ...
 
     def clip_gradients(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Scale all gradients together to at most `max_norm`; returns the norm before, on the device."""
+        """Scale all gradients together to at most `max_norm`; returns the norm before, on the device. After the last
+        `backward` of a minibatch, before `step`."""
+        ...
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the weights along the gradients."""
+        ...
+
+    def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
+        """This process's own part of a trained weight with the optimizer's state, for a checkpoint."""
+        ...
+
+    def restored(self) -> None:
+        """The pieces were written to."""
         ...
 
 
 class SingleProcess:
     """One process: sums are what they are, and nobody is waited for."""
 
+    name = "none"
+    rank = 0
+    world_size = 1
+    cuts_weights = False
+    shares_state = False
+    one_module = False
+    processes_here = 1
+    first_here = True
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
 
-    def backward(self, loss: Tensor) -> None:
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """A list of one."""
+        return [value]
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """The result of `act`."""
+        return act()
+
+    def keep(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        *,
+        entry: str,
+        head: Sequence[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> WeightKeeper:
+        """The weights stay where they are."""
+        return WholeWeights()
+
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        """The tensor itself, on the host."""
+        return tensor.detach().cpu()
+
+    def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Nothing to do."""
+        return trained
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients."""
         loss.backward()
 
@@ -43,13 +220,13 @@ class SingleProcess:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step."""
+        optimizer.step()
 
-def start_engine() -> ProcessEngine:
-    """The engine for this process."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise AssertionError("a process group of several processes needs an engine of its own")
-    return SingleProcess()
+    def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
+        """The whole weight."""
+        return piece_of(parameter, parameter, optimizer)
+
+    def restored(self) -> None:
+        """Nothing to do."""

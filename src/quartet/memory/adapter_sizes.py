@@ -1,8 +1,11 @@
-"""Parameters of LoRA adapters that do not exist yet (counted by attaching them to small models) or are on disk."""
+"""Sizes of what is trained: LoRA adapters that do not exist yet (counted by attaching them to small models) or are on
+disk, and the optimizer state that belongs to their tensors."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +16,56 @@ from quartet.models import adapters
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.plan import AdapterSpec, Task
 
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
+"""bitsandbytes: the smallest tensor whose state is held in 8 bit, and elements that share a scale."""
+SMALLEST_PAGED = 100_000
+"""bitsandbytes: the smallest tensor whose state is paged."""
+
 
 @dataclass(frozen=True, slots=True)
-class AdapterSize:
-    """How large an adapter is."""
+class TensorSizes:
+    """How many tensors there are of each number of elements."""
 
-    parameters: int
-    tensors: int
+    counts: tuple[tuple[int, int], ...] = ()
+    """(elements, tensors), by elements."""
+
+    @staticmethod
+    def of(elements: Iterable[int]) -> TensorSizes:
+        """Sizes of tensors with these numbers of elements."""
+        return TensorSizes(tuple(sorted(Counter(elements).items())))
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(elements * tensors for elements, tensors in self.counts)
+
+    def repeated(self, further: TensorSizes, times: int) -> TensorSizes:
+        """These, and `times` times what `further` has beyond these."""
+        mine, theirs = dict(self.counts), dict(further.counts)
+        found = {n: mine.get(n, 0) + times * (theirs.get(n, 0) - mine.get(n, 0)) for n in mine.keys() | theirs.keys()}
+        return TensorSizes(tuple(sorted(found.items())))
+
+    def state_bytes(self, optimizer: str) -> int:
+        """Bytes of the optimizer's state.
+
+        adamw: two float32 moments an element and a float32 counter a tensor. The 8-bit ones (arXiv 2110.02861): two bytes
+        an element and two float32 scales a block of 256; small tensors keep float32 moments, and counters are no tensors.
+        """
+        if optimizer == "adamw":
+            return sum(tensors * (8 * elements + 4) for elements, tensors in self.counts)
+        return sum(tensors * _state_8bit(elements) for elements, tensors in self.counts)
+
+    def paged_bytes(self, optimizer: str) -> int:
+        """The part of `state_bytes` that is in managed memory, which leaves the GPU under pressure."""
+        if optimizer != "paged_adamw8bit":
+            return 0
+        return sum(2 * elements * tensors for elements, tensors in self.counts if elements >= SMALLEST_PAGED)
+
+
+def _state_8bit(elements: int) -> int:
+    if elements < SMALLEST_8BIT:
+        return 8 * elements
+    return 2 * elements + 8 * -(-elements // BLOCK_8BIT)
 
 
 def adapter_size(
@@ -29,7 +75,7 @@ def adapter_size(
     task: Task,
     lora: LoraConfig | None,
     shape: BackboneShape,
-) -> AdapterSize:
+) -> TensorSizes:
     """Size of one adapter.
 
     Args:
@@ -40,12 +86,12 @@ def adapter_size(
     """
     if not adapter.trainable:
         stored = [math.prod(t.shape) for name, t in owner.adapter_tensors.items() if ".lora_" in name]
-        return AdapterSize(sum(stored), len(stored))
+        return TensorSizes.of(stored)
     assert lora is not None
     return fresh_size(base, task, lora, shape)
 
 
-def fresh_size(base: CheckpointInfo, task: Task, lora: LoraConfig, shape: BackboneShape) -> AdapterSize:
+def fresh_size(base: CheckpointInfo, task: Task, lora: LoraConfig, shape: BackboneShape) -> TensorSizes:
     """Size of a new adapter on all layers.
 
     Layers repeat with `shape.period`, so that the size is linear in the repetitions: two small models tell it.
@@ -59,15 +105,12 @@ def fresh_size(base: CheckpointInfo, task: Task, lora: LoraConfig, shape: Backbo
         return _attached(base, task, lora, None)
     low, high = _attached(base, task, lora, small), _attached(base, task, lora, large)
     times = (shape.layers - small) // shape.period
-    return AdapterSize(
-        low.parameters + (high.parameters - low.parameters) * times,
-        low.tensors + (high.tensors - low.tensors) * times,
-    )
+    return low.repeated(high, times)
 
 
-def _attached(base: CheckpointInfo, task: Task, lora: LoraConfig, depth: int | None) -> AdapterSize:
+def _attached(base: CheckpointInfo, task: Task, lora: LoraConfig, depth: int | None) -> TensorSizes:
     with torch.device("meta"):
         model = empty_model(base, task, depth=depth)
         adapters.attach_fresh(model, "counted", lora, seed=0)
     found = [p.numel() for _, p in adapters.adapter_parameters(model, "counted")]
-    return AdapterSize(sum(found), len(found))
+    return TensorSizes.of(found)

@@ -25,7 +25,7 @@ class Choices:
     microbatch_rows: int
     batch_rows: int
     quantization: str | None = None
-    """4bit, 8bit or None."""
+    """4bit, 8bit, torchao-int8 or None."""
     offload: str = "none"
     """none, or cpu: frozen backbones are in host memory between uses."""
     freeze_layers: int = 0
@@ -35,6 +35,7 @@ class Choices:
     gather_for_rollout: bool = False
     """Whether each process holds the whole policy while it generates."""
     rollout_engine: str = "auto"
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         world_size: processes.
         engine: overrides `distributed.engine`.
     """
-    models: Any = config.models
+    models = config.models
     distributed: Any = getattr(config, "distributed", None)
     chosen = engine or str(getattr(distributed, "engine", "none"))
     if chosen == "auto":
@@ -92,13 +93,14 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         checkpointing=models.gradient_checkpointing,
         microbatch_rows=config.ppo.microbatch_rows,
         batch_rows=config.rollout.batch_rows,
-        quantization=getattr(models, "quantization", None),
-        offload=getattr(models, "offload", "none"),
-        freeze_layers=getattr(models, "freeze_layers", 0),
+        quantization=models.quantization,
+        offload=models.offload,
+        freeze_layers=models.freeze_layers,
         world_size=world_size,
         engine=chosen,
         gather_for_rollout=getattr(distributed, "gather_for_rollout", False) is True,
         rollout_engine=config.rollout.engine,
+        optimizer=config.ppo.optimizer.name,
     )
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from quartet.config import LoraConfig
-from quartet.memory.adapter_sizes import AdapterSize, adapter_size
-from quartet.memory.choices import Choices, Workload, torch_dtype
+from quartet.config import Config, LoraConfig
+from quartet.memory.adapter_sizes import TensorSizes, adapter_size
+from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, RoleBytes
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import ROLES, BackboneSpec, Role, SharingPlan, Task
 
 FLOAT = 4
 """Bytes of a float32: trained weights, adapters, heads, gradients and Adam's moments."""
-LIBRARIES = 28 * 2**20
-"""On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, compiled
-kernels, model code imported at loading). Measured at 16 to 41 MiB with models of 15 to 110 million parameters, without a
-relation to their size; see benchmarks/memory_plan.py."""
+LIBRARIES = 24 * 2**20
+"""On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
+imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
+KERNEL = 550 * 2**10
+"""On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
+KERNELS = 1024
+"""Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
 LIBRARIES_AT_LOAD = 6 * 2**20
 """The part of it that loading brings in, measured at 3 to 9 MiB."""
 
@@ -41,7 +46,7 @@ class Estimator:
     def __init__(self, sft: CheckpointInfo, reward: CheckpointInfo, workload: Workload, device: torch.device) -> None:
         self.sft, self.reward, self.workload, self.device = sft, reward, workload, device
         self._shapes: dict[tuple[Task, int], BackboneShape] = {}
-        self._adapters: dict[tuple[str, str, LoraConfig | None], AdapterSize] = {}
+        self._adapters: dict[tuple[str, str, LoraConfig | None], TensorSizes] = {}
         self._simulator = Simulator(sft, reward, workload)
 
     def estimate(self, plan: SharingPlan, choices: Choices) -> Estimate:
@@ -68,7 +73,8 @@ class Estimator:
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
-        work = self._simulator.working(name, plan, choices, self._shape("language_model", 0))
+        shape = self._shape("language_model", 0)
+        work = self._simulator.working(name, plan, choices, shape)
         fixed = ledger.fixed(name)
         return replace(
             fixed,
@@ -79,8 +85,20 @@ class Estimator:
             logits=work.held[LOGITS],
             trunk_states=0 if name == "rollout" else self._trunk_states(plan, choices),
             gathered=self._gathered(name, plan, choices),
+            libraries=fixed.libraries + self._kernels(plan, choices),
             at=work.at,
         )
+
+    def _kernels(self, plan: SharingPlan, choices: Choices) -> float:
+        """Kernels that the phases leave compiled: each batch of a phase is as wide as its longest sequence, so that its
+        products have shapes of their own."""
+        if self.device.type != "cpu" or choices.dtype != "bfloat16":
+            return 0
+        shape, rows = self._shape("language_model", 0), self.workload.process_rows(choices.world_size)
+        step = min(choices.microbatch_rows, self.workload.minibatch_rows(choices.world_size))
+        batches = {"rollout": 1, "scoring": -(-rows // choices.batch_rows), "update": -(-rows // step)}
+        counts = [batches[name] * len(self._simulator.working(name, plan, choices, shape).products) for name in PHASES]
+        return KERNEL * min(sum(counts), KERNELS)
 
     def _shape(self, task: Task, frozen_layers: int) -> BackboneShape:
         key = (task, frozen_layers)
@@ -128,7 +146,9 @@ class Estimator:
             return _WeightBytes(weights, kept, kept + shape.count(shape.trained & stored) * FLOAT)
         if choices.quantization is not None:
             plain = shape.tensors.keys() - shape.linear
-            small = sum(quantized_bytes(shape.tensors[name], choices.quantization) for name in shape.linear)
+            small = sum(
+                quantized_bytes(shape.tensors[name], choices.quantization, dtype.itemsize) for name in shape.linear
+            )
             stored = shape.in_file(info, dtype) & plain if self.device.type == "cpu" else set()
             mapped = shape.count(stored) * dtype.itemsize
             return _WeightBytes(small + shape.count(plain) * dtype.itemsize + shape.buffer_bytes, mapped, mapped)
@@ -140,7 +160,7 @@ class Estimator:
         mapped = shape.count(stored) * dtype.itemsize
         return _WeightBytes(weights, mapped, mapped)
 
-    def _adapter(self, spec: BackboneSpec, name: str, choices: Choices) -> AdapterSize:
+    def _adapter(self, spec: BackboneSpec, name: str, choices: Choices) -> TensorSizes:
         key = (spec.name, name, choices.lora)
         if key not in self._adapters:
             adapter = next(a for a in spec.adapters if a.name == name)
@@ -153,13 +173,15 @@ class Estimator:
         view, policy = plan.view(role), plan.view("policy")
         spec = next(spec for spec in plan.backbones if spec.name == view.backbone)
         shape = self._shape(spec.task, self._owner(plan, spec).frozen_layers)
-        adapter = AdapterSize(0, 0) if view.adapter is None else self._adapter(spec, view.adapter, choices)
-        own = AdapterSize(shape.count(shape.trained), len(shape.trained)) if spec.trainable else adapter
+        adapter = TensorSizes() if view.adapter is None else self._adapter(spec, view.adapter, choices)
+        own = TensorSizes.of(math.prod(shape.tensors[name]) for name in shape.trained) if spec.trainable else adapter
         if role == "value" and (view.backbone, view.adapter) == (policy.backbone, policy.adapter):
-            own = adapter = AdapterSize(0, 0)  # a head on the policy's states
+            own = adapter = TensorSizes()  # a head on the policy's states
         scalar = shape.hidden if view.head != "lm" else 0
-        trained = own.parameters + scalar if view.trainable else 0
-        tensors = own.tensors + (scalar > 0) if view.trainable else 0
+        head = TensorSizes.of([scalar] if scalar else [])
+        learned = (own, head) if view.trainable else ()
+        trained = sum(sizes.parameters for sizes in learned)
+        share = gradient_shards(choices)
         width = FLOAT if spec.trainable or spec.top_of else torch_dtype(choices.dtype).itemsize
         return RoleBytes(
             role=role,
@@ -167,8 +189,9 @@ class Estimator:
             trained_parameters=trained,
             adapters=adapter.parameters * FLOAT / shards(choices),
             head=scalar * FLOAT if scalar else shape.count(shape.head) * width / shards(choices),
-            gradients=trained * FLOAT / gradient_shards(choices),
-            optimizer=(2 * trained + tensors) * FLOAT / gradient_shards(choices),
+            gradients=trained * FLOAT / share,
+            optimizer=sum(sizes.state_bytes(choices.optimizer) for sizes in learned) / share,
+            paged=sum(sizes.paged_bytes(choices.optimizer) for sizes in learned) / share,
         )
 
     def _trunk_states(self, plan: SharingPlan, choices: Choices) -> float:
@@ -182,12 +205,16 @@ class Estimator:
     def _away(self, phase: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> float:
         """Offloading: weights of frozen backbones that are in host memory while the phase does not use them.
 
-        In scoring the backbones take turns, and the largest of them counts.
+        The policy's backbone is always there; in scoring the others take turns, and the largest of them counts.
         """
         if choices.offload == "none" or self.device.type == "cpu":
             return 0
-        frozen = {b.name: b.weights + b.adapters for b in ledger.backbones if not b.trained}
-        users: dict[str, tuple[Role, ...]] = {"rollout": ("policy",), "update": ("policy", "value")}
+        learning = {s.name for s in plan.backbones if any(adapter.trainable for adapter in s.adapters)}
+        frozen = {
+            b.name: b.weights + (0 if b.name in learning else b.adapters) for b in ledger.backbones if not b.trained
+        }
+        frozen.pop(plan.view("policy").backbone, None)
+        users: dict[str, tuple[Role, ...]] = {"rollout": (), "update": ("value",)}
         if phase == "scoring":
             return sum(frozen.values()) - max(frozen.values(), default=0)
         used = {plan.view(role).backbone for role in users[phase]}
@@ -203,6 +230,25 @@ class Estimator:
         if phase == "rollout" and choices.gather_for_rollout:
             return shapes[plan.view("policy").backbone].parameters * width * (1 - 1 / choices.world_size)
         return 2 * max(shape.largest_layer for shape in shapes.values()) * width
+
+
+def estimator_for(
+    config: Config,
+    sft: CheckpointInfo | None = None,
+    reward: CheckpointInfo | None = None,
+    *,
+    longest_prompt: int | None = None,
+) -> Estimator:
+    """The estimator of a configuration.
+
+    Args:
+        sft, reward: where they were read already.
+        longest_prompt: tokens, where the prompts are known; `data.max_prompt_tokens` otherwise.
+    """
+    models = config.models
+    sft = sft or open_checkpoint(models, "sft", headers_only=True)
+    reward = reward or open_checkpoint(models, "reward", headers_only=True)
+    return Estimator(sft, reward, workload_of(config, longest_prompt), plan_device(models.device))
 
 
 def shards(choices: Choices) -> int:

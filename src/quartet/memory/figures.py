@@ -39,6 +39,8 @@ class RoleBytes:
     """The LM head where it is not tied (part of the backbone's weights), or the scalar head."""
     gradients: float
     optimizer: float
+    paged: float
+    """Part of `optimizer` that is in managed memory and leaves the GPU under pressure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,6 @@ class Ledger:
 
     def fixed(self, name: str) -> PhaseBytes:
         """A phase that holds nothing of its own: what every phase needs at least."""
-        optimizer = sum(role.optimizer for role in self.roles)
+        optimizer = sum(role.optimizer - role.paged for role in self.roles)
         gradients = sum(role.gradients for role in self.roles)
         return PhaseBytes(name, self.weights, optimizer, gradients, 0, 0, 0, 0, 0, self.libraries, "weights")

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.errors import CheckpointError
 from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
-from quartet.memory.trace import GRADIENTS, Bytes, MemoryTrace, at_depth, fake_mode, largest
+from quartet.memory.trace import GRADIENTS, Bytes, MemoryTrace, NotTraceable, at_depth, fake_mode, largest
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
+from quartet.records import Sequences
 
 PHASES = ("rollout", "scoring", "update")
 
@@ -31,6 +31,8 @@ class Working:
     at: str
     """The stretch of code where the peak is."""
     held: Bytes
+    products: frozenset[tuple[object, ...]] = frozenset()
+    """Its different matrix products in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Simulator:
             shape: of the language model; the other backbones are taken to be as deep.
 
         Raises:
-            CheckpointError: a model whose code needs data and not only shapes.
+            NotTraceable: a model whose code needs data and not only shapes.
         """
         rows = choices.microbatch_rows if phase == "update" else choices.batch_rows
         key = (phase, rows, choices.world_size, *_what(plan, choices))
@@ -76,12 +78,12 @@ class Simulator:
         total = shape.layers if phase == "rollout" else shape.layers - frozen + trunk
         few = min(total, trunk + 2 + (total - trunk - 2) % shape.period) if total > trunk + 2 else total
         more = min(few + shape.period, total)
-        peaks = [self._peaks(phase, plan, choices, depth, trunk) for depth in dict.fromkeys((few, more))]
+        traces = [self._trace(phase, plan, choices, depth, trunk) for depth in dict.fromkeys((few, more))]
         share = 0.0 if more == few else (total - few) / (more - few)
-        label, held = largest(at_depth(peaks[0], peaks[-1], share))
-        return Working(label, held)
+        label, held = largest(at_depth(_labelled(traces[0]), _labelled(traces[-1]), share))
+        return Working(label, held, frozenset(traces[-1].products))
 
-    def _peaks(self, phase: str, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> dict[str, Bytes]:
+    def _trace(self, phase: str, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> MemoryTrace:
         small = self._roles(plan, choices, depth, trunk)
         run: Callable[[MemoryTrace, Roles, Choices, Workload], None]
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
@@ -90,13 +92,13 @@ class Simulator:
                 run(trace, small.roles, choices, self._workload)
         except Exception as error:  # the code of any family may ask for data, which fake tensors do not have
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(
+            raise NotTraceable(
                 f"the memory of {self._sft.key}={self._sft.name!r} cannot be planned: its {phase} does not run without "
                 f"weights ({why})"
             ) from error
         for tensor in tensors_of(small.roles):
             tensor.grad = None
-        return {label: held for label, held in trace.peaks.items() if label and not label.startswith("setup")}
+        return trace
 
     def _roles(self, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> _Small:
         key = (depth, *_what(plan, choices))
@@ -107,6 +109,10 @@ class Simulator:
             roles = fake_roles(shallow, self._sft, self._reward, choices, depth, mode)
             self._small[key] = _Small(roles, mode, depth, trunk)
         return self._small[key]
+
+
+def _labelled(trace: MemoryTrace) -> dict[str, Bytes]:
+    return {label: held for label, held in trace.peaks.items() if label and not label.startswith("setup")}
 
 
 @contextmanager
@@ -153,28 +159,39 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
         trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
-    trace.stage = "forward"
-    trace.enter("policy embeddings")
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     sequences = replace(plain, trunks=_trunk_blocks(roles, rows, workload.longest))
-    mask = plain.mask()
-    logprobs, entropy, values = roles.trained(
-        sequences,
-        mask,
-        mask,
-        temperature=workload.temperature,
-        with_entropy=True,
-        entropy_grad=workload.entropy_gradient,
-    )
-    loss = logprobs.sum() + values.sum()
-    if workload.entropy_gradient and entropy is not None:
-        loss = loss + entropy.sum()
-    del logprobs, entropy, values
-    trace.stage = "backward"
-    trace.enter("start")
-    loss.backward()
+    for role in ("policy",) if roles.trained.one_pass else ("policy", "value"):
+        trace.stage = "forward"
+        trace.enter(f"{role} embeddings")
+        loss = _loss(roles, role, sequences, plain.mask(), workload)
+        trace.stage = "backward"
+        trace.enter(f"{role} start")
+        loss.backward()
+        del loss
     for handle in handles:
         handle.remove()
+
+
+def _loss(roles: Roles, role: str, sequences: Sequences, mask: Tensor, workload: Workload) -> Tensor:
+    """What the update takes the gradient of for a role, or for both in one pass."""
+    trained = roles.trained
+    wanted = {
+        "temperature": workload.temperature,
+        "with_entropy": True,
+        "entropy_grad": workload.entropy_gradient,
+    }
+    if role == "value":
+        return torch.as_tensor(trained.value(sequences, mask).sum())
+    if trained.one_pass:
+        logprobs, entropy, values = trained(sequences, mask, mask, **wanted)
+        loss = logprobs.sum() + values.sum()
+    else:
+        logprobs, entropy = trained.policy(sequences, mask, **wanted)
+        loss = logprobs.sum()
+    if workload.entropy_gradient and entropy is not None:
+        loss = loss + entropy.sum()
+    return torch.as_tensor(loss)
 
 
 def _trunk_blocks(roles: Roles, rows: int, length: int) -> dict[str, Tensor]:

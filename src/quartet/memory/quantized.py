@@ -13,31 +13,37 @@ BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share a scale of scales."""
 
 
-def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
+def quantized_bytes(shape: tuple[int, ...], kind: str, itemsize: int = 4) -> int:
     """Bytes of one linear layer's weight `[out, in]`.
 
     4bit is nf4 with double quantization (arXiv 2305.14314): half a byte a weight, an 8-bit scale a block of 64, a float32
     scale for 256 of those, the two code books (16 and 256 float32) and an offset. 8bit is a byte a weight and a float32
-    scale a row (arXiv 2208.07339).
+    scale a row (arXiv 2208.07339); torchao-int8 likewise, with scales of the computation's `itemsize`.
     """
     count = math.prod(shape)
     if kind == "8bit":
         return count + 4 * shape[0]
+    if kind == "torchao-int8":
+        return count + itemsize * shape[0]
     blocks = -(-count // BLOCK)
     return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * (16 + 256 + 1)
 
 
 class _Dequantizing(torch.autograd.Function):
-    """x W^T where W in the computation's dtype exists only while it is multiplied with, forward and backward."""
+    """x W^T where W in the computation's dtype exists only while it is multiplied with, forward and backward.
+
+    With `keep`, x stays until the graph is gone, not only until its backward, as in bitsandbytes' 8-bit layers.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, states: Tensor, rows: int, keep: bool) -> Tensor:
         ctx.shape = (rows, states.shape[-1])
+        ctx.kept = states if keep else None
         return states @ states.new_empty(ctx.shape).t()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ gradient.new_empty(ctx.shape), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
 class StandIn(nn.Linear):
@@ -48,7 +54,7 @@ class StandIn(nn.Linear):
     def forward(self, states: Tensor) -> Tensor:
         """As bitsandbytes computes it, and PEFT's copy of the result for 4 bit."""
         apply: Callable[..., Tensor] = _Dequantizing.apply
-        result = apply(states.to(self.weight.dtype), self.out_features)
+        result = apply(states.to(self.weight.dtype), self.out_features, self.kind == "8bit")
         if self.bias is not None:
             result = result + self.bias
         return result.clone() if self.kind == "4bit" else result

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -82,12 +83,41 @@ def config_values(config: Config) -> dict[str, Any]:
 def show(estimate: Estimate, console: Console) -> None:
     """Print the tables of an estimate."""
     where = "anonymous memory beside that of the libraries" if estimate.device == "cpu" else "memory of the GPU"
-    processes = estimate.choices.world_size
-    each = f", each of {processes} processes ({estimate.choices.engine})" if processes > 1 else ""
-    console.print(Text(f"plan: {estimate.plan.name}; {where}{each}", style="bold"))
+    console.print(Text(f"plan: {estimate.plan.name}; {where}{_each(estimate)}", style="bold"))
     console.print(Group(_backbones(estimate), _roles(estimate), _phases(estimate)))
     peak = estimate.peak
     console.print(f"peak: [bold]{format_bytes(peak.peak)}[/bold] in the {peak.phase} phase ({peak.at})")
+
+
+def compact(estimate: Estimate, free: int | None) -> RenderableType:
+    """The estimate within 80 columns: a line for each backbone, a row for each phase, and the peak beside the free memory.
+
+    Args:
+        free: bytes; None where unknown.
+    """
+    lines = [_line(f"predicted memory, {estimate.plan.name} plan{_each(estimate)}", style="bold")]
+    for backbone in estimate.backbones:
+        mapped = f" ({format_bytes(backbone.mapped)} in file pages)" if backbone.mapped else ""
+        adapters = f", adapters {format_bytes(backbone.adapters)}" if backbone.adapters else ""
+        lines.append(
+            _line(f"  {', '.join(backbone.roles)}: weights {format_bytes(backbone.weights)}{mapped}{adapters}")
+        )
+    held = [n for n in ("weights", "optimizer", "gradients", "libraries") if any(p.parts()[n] for p in estimate.phases)]
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("phase", no_wrap=True)
+    for name in (*held, "working", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for phase in estimate.phases:
+        parts = phase.parts()
+        sizes = [*(parts[name] for name in held), sum(parts[n] for n in parts if n not in held), phase.peak]
+        table.add_row(phase.phase, *map(format_bytes, sizes))
+    peak = estimate.peak
+    of = "" if free is None else f" of {format_bytes(free)} free"
+    return Group(*lines, table, _line(f"  peak {format_bytes(peak.peak)}{of}, in {peak.phase} ({peak.at})"))
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
 
 
 def show_search(found: Found, memory: int, console: Console) -> None:
@@ -125,6 +155,11 @@ def reason(candidate: Candidate, memory: int) -> str:
         f"{format_bytes(phase.peak)} {place}{few}, {format_bytes(phase.peak - memory)} too much; "
         f"{largest[0].replace('_', ' ')} {format_bytes(largest[1])}"
     )
+
+
+def _each(estimate: Estimate) -> str:
+    choices = estimate.choices
+    return f", each of {choices.world_size} processes ({choices.engine})" if choices.world_size > 1 else ""
 
 
 def _nearer(found: Found, memory: int) -> RenderableType:
@@ -165,7 +200,10 @@ def _roles(estimate: Estimate) -> Table:
     return table
 
 
-def _phases(estimate: Estimate) -> Table:
+def _phases(estimate: Estimate, *, short: bool = False) -> Table:
+    """Args:
+    short: without title, bars and places.
+    """
     names = [n for n in COLOURS if any(phase.parts()[n] for phase in estimate.phases)] or ["weights"]
     table = Table(title="phases, at their peaks", title_justify="left")
     table.add_column("phase")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quartet.config import Config, ModelsConfig, parse_config
+from quartet.config import Config, parse_config
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import Estimator
@@ -21,6 +21,7 @@ Change = dict[str, Any]
 
 SHARING, QUANTIZATION = "models.sharing", "models.quantization"
 CHECKPOINTING, DTYPE, OFFLOAD = "models.gradient_checkpointing", "models.dtype", "models.offload"
+OPTIMIZER = "ppo.optimizer.name"
 MICROBATCH, ROLLOUT_ROWS = "ppo.microbatch_rows", "rollout.batch_rows"
 
 
@@ -66,7 +67,8 @@ def options(config: Config, estimator: Estimator) -> list[list[Option]]:
     """The values of every setting that may be changed, the given one first, at cost 0.
 
     Sharing costs nothing: under LoRA the plans compute the same. Fewer rows cost speed alone, checkpointing about a third
-    more time in the update, offloading a transfer of the weights every use; bfloat16 and quantization change numbers.
+    more time in the update, offloading a transfer of the weights every use; bfloat16, quantization and optimizer state in
+    8 bit change numbers. Under LoRA that state is too small to be worth a change.
     """
     models, lora = config.models, config.models.lora is not None
     sharing = [Option(SHARING, name, 0.01 * rank) for rank, name in enumerate(("paired", "single"), 1) if lora]
@@ -86,11 +88,18 @@ def options(config: Config, estimator: Estimator) -> list[list[Option]]:
         axes[2] = axes[2][:1]
     if models.quantization is not None or models.freeze_layers:
         axes[3] = axes[3][:1]
-    if "offload" not in ModelsConfig.model_fields or estimator.device.type == "cpu":
-        del axes[4]
-    elif getattr(models, "offload", "none") != "none":
+    if models.offload != "none":
         axes[4] = [Option(OFFLOAD, "cpu", 0.0, True)]
+    elif estimator.device.type == "cpu":
+        del axes[4]
+    if not lora and config.ppo.optimizer.name == "adamw":
+        axes.append(_optimizers(estimator.device.type))
     return axes
+
+
+def _optimizers(device: str) -> list[Option]:
+    paged = [Option(OPTIMIZER, "paged_adamw8bit", 4.5)] if device == "cuda" else []
+    return [Option(OPTIMIZER, "adamw", 0.0, True), Option(OPTIMIZER, "adamw8bit", 3.5), *paged]
 
 
 def search(
@@ -132,8 +141,11 @@ def changed(config: Config, change: Mapping[str, Any]) -> Config:
     """
     tree = config.model_dump(mode="json", exclude_defaults=True)
     for key, value in change.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
     return parse_config(tree)
 
 
@@ -153,7 +165,7 @@ class _Trial:
         except ConfigError:
             return None
         plan, choices = self._plan(config), self._choices(config)
-        if plan is None or (choices.quantization is not None and all(spec.trainable for spec in plan.backbones)):
+        if plan is None or not _sensible(plan, choices):
             return None
         exceeded = self._even_at_fewest(plan, choices)
         if exceeded is not None:
@@ -201,6 +213,13 @@ class _Trial:
             if phase.peak > self._memory:
                 return phase
         return None
+
+
+def _sensible(plan: SharingPlan, choices: Choices) -> bool:
+    """Whether quantization finds frozen weights, and offloading finds some that it can move (see `models.offload`)."""
+    if choices.quantization is not None and all(spec.trainable for spec in plan.backbones):
+        return False
+    return choices.offload == "none" or (len(plan.backbones) > 1 and choices.quantization in (None, "4bit"))
 
 
 def _fewest(choices: Choices) -> Choices:

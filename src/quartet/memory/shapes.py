@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from quartet.errors import CheckpointError
+from quartet.memory.trace import NotTraceable
 from quartet.models.branch import freeze_trunk
 from quartet.models.cache import FLOATS, NAMES
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -145,7 +146,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers: the largest module list of the transformer."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of layers, so its memory cannot be planned")
+        raise NotTraceable(f"{type(model).__name__} has no list of layers, so its memory cannot be planned")
     return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
 
 

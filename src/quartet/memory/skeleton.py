@@ -20,8 +20,11 @@ from quartet.models import adapters
 from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead
+from quartet.models.linears import use_fast_linears
 from quartet.models.loading import _finish, _views
+from quartet.models.offload import Residency
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
@@ -96,7 +99,7 @@ def fake_roles(
         score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")
         value = ScalarHead(torch.empty(hidden_size(sft if on_policy else reward)), "score.weight")
     score.requires_grad_(False)
-    return _views(plan, backbones, score, value)
+    return _views(plan, backbones, score, value, Residency())
 
 
 def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int, mode: Any) -> Backbone:
@@ -114,6 +117,8 @@ def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int,
     _to_fake(model, mode, frozen)
     model.eval().requires_grad_(False)
     use_short_attention(model)
+    use_fast_linears(model)
+    use_fused_layers(model)
     return Backbone(spec, model, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
 
 

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from quartet.errors import CheckpointError
+
 ACTIVATIONS, GRADIENTS, LOGITS, CACHE = "activations", "gradients", "logits", "kv_cache"
 KINDS = (ACTIVATIONS, GRADIENTS, LOGITS, CACHE)
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 Bytes = dict[str, float]
 """Bytes by kind of tensor."""
+
+
+class NotTraceable(CheckpointError):
+    """A family of models whose code does not run on shapes alone, so that its memory cannot be predicted."""
 
 
 @dataclass
@@ -47,6 +54,8 @@ class MemoryTrace(TorchDispatchMode):
         self.stage = ""
         """Prefix of the labels: forward or backward."""
         self.peaks: dict[str, Bytes] = {}
+        self.products: set[tuple[object, ...]] = set()
+        """The different matrix products in bfloat16: operation and shapes. oneDNN compiles a kernel for each."""
 
     def enter(self, label: str) -> None:
         """Start a stretch of the code; its peak is kept under `stage label`."""
@@ -68,6 +77,8 @@ class MemoryTrace(TorchDispatchMode):
             result = torch.empty_like(args[0])  # as large in oneDNN's own layout, of which fake tensors know nothing
         else:
             result = func(*args, **(kwargs or {}))
+        if func.name() in _PRODUCTS and args[0].dtype == torch.bfloat16:
+            self.products.add((func.name(), *(tuple(t.shape) for t in args if isinstance(t, Tensor))))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)

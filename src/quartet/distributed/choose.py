@@ -1,0 +1,68 @@
+"""Which engine a configuration means, and which settings it cannot have; pure, before any process talks to another."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from quartet.config import Config
+from quartet.errors import ConfigError
+
+CUTTING = ("zero3", "fsdp2")
+"""Engines under which a process holds only its share of the weights."""
+SHARING_STATE = ("zero2", *CUTTING)
+"""Engines under which a process holds only its share of the optimizer's state."""
+
+
+def engine_name(config: Config, world_size: int) -> str:
+    """The engine of `distributed.engine`. `auto` is none for one process, ddp for LoRA (the gradients are small and the
+    frozen weights need not travel), fsdp2 for full fine-tuning (gradients and optimizer state are what fills memory)."""
+    wanted = config.distributed.engine
+    if wanted != "auto":
+        return wanted
+    if world_size == 1:
+        return "none"
+    return "ddp" if config.models.lora is not None else "fsdp2"
+
+
+def refuse_impossible(config: Config, name: str, world_size: int) -> None:
+    """Check the settings that depend on the engine.
+
+    Raises:
+        ConfigError: what cannot be had with this engine or this number of processes.
+    """
+    if name == "none" and world_size > 1:
+        raise ConfigError(
+            f"distributed.engine=none is for one process, and {world_size} were started; use distributed.engine=auto"
+        )
+    count, minibatches = config.rollout.batch_size, config.ppo.minibatches
+    if count % (minibatches * world_size):
+        raise ConfigError(
+            f"rollout.batch_size={count} cannot be cut into ppo.minibatches={minibatches} of as many episodes for each of "
+            f"{world_size} processes; use a multiple of {minibatches * world_size}"
+        )
+    if name in ("zero2", "zero3") and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"distributed.engine={name} needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or use "
+            "distributed.engine=fsdp2"
+        )
+    if name in CUTTING and config.models.quantization is not None:
+        raise ConfigError(
+            f"models.quantization={config.models.quantization} cannot be used with distributed.engine={name}, which cuts "
+            "weights into shares and would break bitsandbytes' blocks; use distributed.engine=ddp or zero2"
+        )
+    if name in CUTTING and config.models.offload != "none":
+        raise ConfigError(
+            f"models.offload={config.models.offload} moves whole weights, of which distributed.engine={name} leaves each "
+            "process only a share; use models.offload=none, or distributed.engine=ddp or zero2"
+        )
+    optimizer = config.ppo.optimizer.name
+    if name in SHARING_STATE and optimizer != "adamw":
+        raise ConfigError(
+            f"ppo.optimizer.name={optimizer} keeps its state in blocks, which distributed.engine={name} cannot cut into "
+            "shares; use ppo.optimizer.name=adamw, or distributed.engine=ddp"
+        )
+    if name in CUTTING and config.models.freeze_layers:
+        raise ConfigError(
+            f"models.freeze_layers={config.models.freeze_layers} lets two backbones share weights, which "
+            f"distributed.engine={name} cannot cut; use distributed.engine=ddp or zero2, or models.freeze_layers=0"
+        )

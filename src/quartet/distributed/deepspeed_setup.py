@@ -1,0 +1,50 @@
+"""DeepSpeed, made ready: without a compiler on CPUs, on the process group that is there already, and quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+NOT_HERE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+"""What DeepSpeed asks for and Quartet decides by itself."""
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, told which device is meant."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    # Its logger writes to standard output.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    import deepspeed
+    from deepspeed import ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Else the first use of a process group compiles an operator: forty seconds, and g++ is needed.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def configuration(stage: int, device: torch.device, dtype: torch.dtype, **zero: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        stage: of ZeRO.
+        zero: further settings of `zero_optimization`.
+    """
+    return {
+        **NOT_HERE,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": device.type == "cuda",
+            **zero,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

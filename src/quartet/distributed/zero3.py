@@ -1,0 +1,146 @@
+"""ZeRO stage 3 (DeepSpeed): each process holds its share of every weight, of its gradient and of the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quartet.distributed.deepspeed_setup import configuration
+from quartet.distributed.engine import WeightKeeper
+from quartet.distributed.pieces import MOMENTS, Piece
+from quartet.distributed.zero2 import ZeroEngine
+
+HELD = -1
+"""Among the modules that DeepSpeed counts as using a weight: a holder of ours."""
+
+
+class Zero3(ZeroEngine):
+    """Stage 3: policy and value are one DeepSpeed engine with two learning rates; backbones that neither of them uses are
+    engines of their own without an optimizer."""
+
+    name = "zero3"
+    cuts_weights = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._kept: list[tuple[nn.Module, Zero3Weights]] = []
+        self._configuration = configuration(
+            3, device, torch.float32, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0
+        )
+
+    def keep(
+        self,
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        *,
+        entry: str,
+        head: Sequence[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> WeightKeeper:
+        """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
+        self._deepspeed.zero.Init(
+            module=module, config_dict_or_path=self._configuration, mem_efficient_linear=False, dtype=torch.float32
+        )
+        keeper = Zero3Weights(module, [p for part in head for p in part.parameters()])
+        self._kept.append((module, keeper))
+        return keeper
+
+    def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Give policy and value to DeepSpeed, then the frozen rest."""
+        self._engine = self._initialized(model=trained, optimizer=optimizer)
+        inside = set(trained.modules())
+        for module, keeper in self._kept:
+            if module in inside:
+                keeper.hooks = self._engine.optimizer.parameter_offload
+            else:
+                keeper.hooks = self._initialized(model=module).optimizer
+        result: nn.Module = self._engine
+        return result
+
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        """A whole weight on the host in the main process."""
+        if not hasattr(tensor, "ds_id"):
+            return super().whole(tensor)
+        with self._deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone() if self.rank == 0 else None
+
+    def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
+        """This process's share of a weight laid out flat; the last one may end in padding."""
+        zero: Any = self._engine.optimizer
+        cut: Any = parameter
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        state: dict[str, Any] = optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat)
+        start = min(self.rank * size, cut.ds_numel)
+        count = min(size, cut.ds_numel - start)
+        tensors = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
+        parts = {key: tensor.narrow(0, offset, count) for key, tensor in tensors.items()}
+        return Piece(start, start + count, parts, state["step"], True)
+
+    def restored(self) -> None:
+        """Bring the weights that compute up to date with the optimizer's."""
+        zero: Any = self._engine.optimizer
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(number)
+
+    def _initialized(self, **options: Any) -> Any:
+        engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
+        return engine
+
+
+class Zero3Weights:
+    """One backbone whose weights are cut. DeepSpeed's hooks fetch a module's weights before it runs and give them back."""
+
+    def __init__(self, module: nn.Module, head: list[nn.Parameter]) -> None:
+        self.hooks: Any = None
+        """DeepSpeed's object that put the hooks there."""
+        self._all: list[Any] = list(module.parameters())
+        self._head: list[Any] = head
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold the LM head, which runs chunk by chunk."""
+        with self._held(self._head):
+            yield
+
+    @contextmanager
+    def done(self) -> Iterator[None]:
+        """Nothing is left over."""
+        yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold everything, and take the hooks off: they are many, and would only find that all is there."""
+        hooks = self.hooks
+        with self._held(self._all):
+            for handle in (*hooks.forward_hooks, *hooks.backward_hooks):
+                handle.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(hooks.module)
+
+    @contextmanager
+    def _held(self, weights: list[Any]) -> Iterator[None]:
+        if weights:
+            weights[0].all_gather(weights)
+        for weight in weights:
+            weight.ds_active_sub_modules.add(HELD)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.ds_active_sub_modules.discard(HELD)
+            if weights:
+                weights[0].partition(weights)

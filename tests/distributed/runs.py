@@ -1,0 +1,77 @@
+"""What the processes of the tests do; importable by them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quartet.run.progress import Progress
+from quartet.trainer import resume, train
+
+
+def train_run(values: dict[str, Any]) -> str:
+    """A whole run."""
+    return str(train(values))
+
+
+def resume_run(run: str) -> str:
+    """The rest of a run."""
+    return str(resume(run))
+
+
+class Killed(Progress):
+    """Kills its process, as the system does where memory runs out, when iteration 2 begins its update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rollouts = 0
+
+    def stage(self, name: str) -> None:
+        self._rollouts += name == "rollout"
+        if self._rollouts == 2 and name == "update":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(values: dict[str, Any]) -> str:
+    """A run whose last process dies."""
+    return str(train(values, progress=Killed() if os.environ["RANK"] == "1" else None))
+
+
+def train_with_own(values: dict[str, Any], key: str, own: list[Any]) -> str:
+    """A run whose processes differ in one key of a section."""
+    section, name = key.split(".")
+    mine = {**values, section: {**values.get(section, {}), name: own[int(os.environ["RANK"])]}}
+    return str(train(mine))
+
+
+def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
+    """A run whose processes work in folders of their own."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return str(train(values))
+
+
+def exported(run: Path) -> dict[str, Tensor]:
+    """All weights of policy/ and value/."""
+    found = {}
+    for role in ("policy", "value"):
+        for file in sorted((run / role).glob("*.safetensors")):
+            found |= {f"{role}:{name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Over all weights."""
+    assert one
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether any weight differs."""
+    return any(not torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,136 @@
+"""What goes wrong in one process, or in starting several, ends all of them with one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distributed.runs import train_in_folder, train_until_killed, train_with_own
+from processes import free_port, run_processes
+from quartet.cli import main
+from quartet.config import parse_config
+from quartet.distributed.launch import joined
+from quartet.errors import ConfigError, QuartetError, TrainingError
+from tiny import TinyRun, changed
+
+
+def said(found: list[Any]) -> list[str]:
+    """What each process raised, all of them errors for users."""
+    for result in found:
+        assert result[0] == "raised", result
+        assert isinstance(result[1], QuartetError), result[2]
+        assert result[1].exit_code == 2
+    return [str(result[1]) for result in found]
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught, joined(parse_config(values)):
+        pass
+    return str(caught.value)
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As process 0 of 2; nothing is to be reached."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distributed.engine": "none"}, "distributed.engine=none is for one process, and 2 were started"),
+        ({"rollout.batch_size": 6}, "cannot be cut into ppo.minibatches=2 of as many episodes for each of 2 processes"),
+        ({"distributed.backend": "nccl"}, "distributed.backend=nccl needs GPUs, and the models are on the CPU here"),
+        (
+            {"distributed.engine": "zero3", "models.lora": {}, "models.quantization": "8bit"},
+            "models.quantization=8bit cannot be used with distributed.engine=zero3",
+        ),
+        ({"distributed.engine": "fsdp2", "models.freeze_layers": 1}, "use distributed.engine=ddp or zero2"),
+    ],
+)
+def test_refused_before_anything_is_reached(changes: dict[str, Any], words: str, tiny_run: TinyRun) -> None:
+    assert words in refusal(tiny_run(**changes))
+
+
+@pytest.mark.usefixtures("two")
+def test_deepspeed_not_installed(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quartet.distributed.choose.find_spec", lambda name: None)
+    message = refusal(tiny_run(**{"distributed.engine": "zero3"}))
+    assert message == (
+        "distributed.engine=zero3 needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or use "
+        "distributed.engine=fsdp2"
+    )
+
+
+def test_launcher_variables_are_checked(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "MASTER_ADDR is not; start with torchrun" in refusal(tiny_run())
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE='two' are to be numbers" in refusal(tiny_run())
+
+
+def test_different_configurations(tiny_run: TinyRun, tmp_path: Path) -> None:
+    found = said(run_processes(tmp_path / "results", 2, train_with_own, tiny_run(), "ppo.kl_coef", [0.05, 0.06]))
+    sentence = (
+        "process 1 has ppo.kl_coef=0.06 where process 0 has 0.05; start all processes with the same configuration"
+    )
+    assert found == [sentence, sentence]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_is_that_of_all(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """A file that only one machine lacks: all processes name it, nothing is written."""
+    values = tiny_run()
+    folders = [Path(values["data"]["prompts"]).parent, tmp_path / "other machine"]
+    folders[1].mkdir()
+    values["data"]["prompts"] = "prompts.txt"
+    found = said(run_processes(tmp_path / "results", 2, train_in_folder, values, folders))
+    assert found[0] == found[1]
+    assert "prompts.txt" in found[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_process_ends_the_others(tiny_run: TinyRun, tmp_path: Path) -> None:
+    values = tiny_run(**{"ppo.iterations": 3, "run.save_every": 1, "distributed.engine": "ddp"})
+    start = time.monotonic()
+    survivor, killed = run_processes(tmp_path / "results", 2, train_until_killed, values)
+    assert killed is None
+    assert isinstance(survivor[1], TrainingError), survivor
+    assert "another process has gone without a word" in str(survivor[1])
+    assert time.monotonic() - start < 60
+    run = tmp_path / "run"
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (run / "policy").exists()
+
+
+def test_torchrun_on_the_command_line(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Exit code 0, and one table for the two processes."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(changed(tiny_run(), {"distributed.engine": "ddp"})))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [*launch, "-m", "quartet", "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("pol.loss") == 1
+    assert "metrics.jsonl" in done.stdout
+
+
+def test_the_command_line_says_which_process_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "missing.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "quartet (process 1): the configuration file 'missing.yaml' does not exist"
+    )

@@ -1,0 +1,51 @@
+"""A checkpoint of any engine goes on under any other and on any number of processes, as if never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distributed.runs import exported, largest_difference, resume_run, train_run
+from processes import results
+from quartet.trainer import resume, train
+from tiny import TinyRun, changed
+
+
+def set_engine(run: Path, engine: str) -> None:
+    """As a user would: in the run's config.yaml."""
+    file = run / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["distributed"]["engine"] = engine
+    file.write_text(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "count"),
+    [("fsdp2", "zero3", 2), ("zero3", "none", 1), ("none", "zero2", 2), ("zero2", "fsdp2", 4)],
+)
+def test_another_engine_and_number_of_processes(
+    first: str, then: str, count: int, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    values = tiny_run(
+        **{"ppo.iterations": 4, "rollout.batch_size": 8, "run.save_every": 2, "run.keep": 5, "ppo.learning_rate": 1e-4}
+    )
+    train(changed(values, {"run.dir": str(tmp_path / "whole")}))
+    values = changed(values, {"run.dir": str(tmp_path / "run"), "distributed.engine": first})
+    if first == "none":
+        train(values)
+    else:
+        results(tmp_path / "results", 2, train_run, values)
+    run = tmp_path / "run"
+    newest = run / "checkpoints" / "step-000004"
+    newest.rename(tmp_path / "later")
+    set_engine(run, then)
+    if count == 1:
+        resume(run)
+    else:
+        results(tmp_path / "results", count, resume_run, str(run))
+    assert largest_difference(exported(tmp_path / "whole"), exported(run)) < 1e-5
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
