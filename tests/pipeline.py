@@ -99,7 +99,7 @@ def sequences(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Seq
     """Right-padded sequences and their response mask `[n, longest response]`."""
     rollout = rollout_of(prompts, responses)
     table = SequenceTable.of(rollout)
-    return table.rows(torch.arange(len(prompts)), max(table.lengths())), rollout.response_mask
+    return table.rows(list(range(len(prompts))))[1], rollout.response_mask
 
 
 def rollout_of(prompts: list[list[int]], responses: list[list[int]], *, width: int | None = None) -> Rollout:

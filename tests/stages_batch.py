@@ -25,7 +25,7 @@ def batch_of(pipeline: Pipeline, *, placement: str = "stop") -> Advantaged:
     rollout = rollout_of([tokens(p) for p, _ in LENGTHS], [tokens(r) for _, r in LENGTHS])
     mask = rollout.response_mask
     table = SequenceTable.of(rollout)
-    sequences = table.rows(torch.arange(len(mask)), max(table.lengths()))
+    sequences = table.rows(list(range(len(mask))))[1]
     temperature = pipeline.config.rollout.temperature
     with torch.no_grad():
         logprobs = pipeline.roles.policy(sequences, mask, temperature=temperature)[0]

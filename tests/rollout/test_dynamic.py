@@ -45,7 +45,7 @@ def engine_of(policy: LanguageView, **changes: Any) -> DynamicEngine:
 def recomputed(policy: LanguageView, rollout: Rollout, temperature: float) -> torch.Tensor:
     table = SequenceTable.of(rollout)
     with torch.no_grad():
-        rows = table.rows(torch.arange(len(table.input_ids)), table.input_ids.shape[1])
+        rows = table.rows(list(range(len(table))))[1]
         return policy(rows, rollout.response_mask, temperature=temperature)[0]
 
 

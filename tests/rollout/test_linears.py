@@ -44,6 +44,12 @@ def replaced(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if "forward" in vars(module)}
 
 
+def plain_layers(dtype: torch.dtype) -> set[str]:
+    """The plain layers that are replaced: in bfloat16 only where the processor multiplies matrices in it."""
+    known = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {"up", "down"} if known else set()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 64), (40, 64)])
 def test_results_are_the_same_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -54,7 +60,7 @@ def test_results_are_the_same_to_rounding(dtype: torch.dtype, shape: tuple[int, 
     with torch.no_grad(), autocast(torch.device("cpu"), dtype):
         before = model(states)
         with fast_linears(model, dtype, None):
-            assert {"up", "down"} == replaced(model)
+            assert replaced(model) == plain_layers(dtype)
             within = model(states)
     assert replaced(model) == set()
     assert within.dtype == before.dtype

@@ -59,7 +59,7 @@ def test_only_the_minibatch_of_the_bad_episode_is_left_out(bad: float, tiny_run:
     alone = Pipeline(tiny_run(**changes))
     batch = batch_of(alone)
     updater = alone.updater()
-    updater._gradients_within_memory(batch, table := SequenceTable.of(batch.scored.rollout), table.lengths(), kept)
+    updater._gradients_within_memory(batch, SequenceTable.of(batch.scored.rollout), kept)
     updater._engine.clip_gradients(updater._parameters, alone.config.ppo.max_grad_norm)
     alone.loaded.optimizer.step()
     weights, expected = pipeline.trained(), alone.trained()

@@ -24,11 +24,11 @@ RESPONSES = [[40, 41, EOS], [50, 51, 52, 53], [EOS], [60, 61, 62, 63]]
 def test_sequences_hold_prompt_and_response_without_a_gap() -> None:
     table = SequenceTable.of(rollout_of(PROMPTS, RESPONSES))
     whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
-    assert table.lengths() == [len(sequence) for sequence in whole]
+    assert [table.length(row) for row in range(len(table))] == [len(sequence) for sequence in whole]
     for row, sequence in enumerate(whole):
         assert table.input_ids[row, : len(sequence)].tolist() == sequence
     seen = []
-    for rows, sequences in microbatches(table, table.lengths(), [3, 0, 2, 1], 2):
+    for rows, sequences in microbatches(table, [3, 0, 2, 1], 2):
         assert len(rows) == 2
         assert sequences.input_ids.shape[1] == max(len(whole[row]) for row in rows)
         for row, ids, prompt, response in zip(

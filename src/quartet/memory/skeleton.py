@@ -45,13 +45,9 @@ class PlannedSequences(Sequences):
             torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response=response
         )
 
-    def positions_before(self, mask: Tensor) -> Tensor:
+    def places(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """One place for each place of the mask, as if all were True."""
-        return torch.empty(mask.numel(), dtype=torch.int64)
-
-    def response_tokens(self, mask: Tensor) -> Tensor:
-        """One token for each place of the mask."""
-        return torch.empty(mask.numel(), dtype=torch.int64)
+        return torch.empty(mask.numel(), dtype=torch.int64), torch.empty(mask.numel(), dtype=torch.int64)
 
     def mask(self) -> Tensor:
         """bool `[n, response]`."""

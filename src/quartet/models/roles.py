@@ -73,19 +73,23 @@ class LanguageView(nn.Module):
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The same from last hidden states `[n, L, H]`."""
-        selected = hidden.flatten(0, 1)[sequences.positions_before(mask)]
+        row, step = sequences.places(mask)
+        selected = hidden.flatten(0, 1)[sequences.before(row, step)]
         with self.backbone.role(self.adapter), self.backbone.weights.head():
             logprobs, entropy = chunked_logprobs(
                 selected,
                 self.head,
-                sequences.response_tokens(mask),
+                sequences.response_tokens(row, step),
                 temperature=temperature,
                 chunk_tokens=CHUNK_TOKENS,
                 with_entropy=with_entropy,
                 head_trainable=self.head.trainable and torch.is_grad_enabled(),
                 entropy_grad=entropy_grad,
             )
-        return _scattered(logprobs, mask), None if entropy is None else _scattered(entropy, mask)
+        zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        placed = [None if flat is None else zeros.index_put((row, step), flat) for flat in (logprobs, entropy)]
+        assert placed[0] is not None
+        return placed[0], placed[1]
 
 
 class ScalarView(nn.Module):
@@ -109,8 +113,8 @@ class ScalarView(nn.Module):
     def from_hidden(self, hidden: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
         """The same from last hidden states `[n, L, H]`."""
         with self.backbone.weights.done():
-            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.positions_before(mask)])
-        return _scattered(numbers, mask)
+            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.before_every_step(mask.shape[1])])
+        return numbers.where(mask, 0.0)
 
     def scores(self, sequences: Sequences) -> Tensor:
         """The number at the last token of each sequence: `[n]`."""
@@ -190,8 +194,3 @@ class Roles:
         """States after the frozen layers of every backbone that has a trunk, by its name."""
         owners = [backbone for backbone in self.backbones.values() if backbone.spec.frozen_layers]
         return {backbone.spec.name: backbone.trunk_states(sequences.input_ids) for backbone in owners}
-
-
-def _scattered(flat: Tensor, mask: Tensor) -> Tensor:
-    """Numbers of the True places of a mask, in their places; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,21 @@ class SequenceTable:
     """int64 `[B, longest]`."""
     prompt_lengths: Tensor
     response_lengths: Tensor
+    prompts: tuple[int, ...]
+    """Tokens of each prompt, known to the host."""
+    responses: tuple[int, ...]
+    """Tokens of each response, likewise: the one thing the device is asked, and no microbatch asks it again."""
 
     @staticmethod
     def of(rollout: Rollout) -> SequenceTable:
         """Lay prompts and responses side by side without a gap."""
         tokens, device = rollout.tokens, rollout.tokens.device
         prompts = torch.nn.utils.rnn.pad_sequence(list(rollout.prompts.tokens), batch_first=True).to(device)
-        prompt_lengths = torch.tensor([len(t) for t in rollout.prompts.tokens], device=device)
+        prompt_counts = tuple(len(t) for t in rollout.prompts.tokens)
+        prompt_lengths = torch.tensor(prompt_counts, device=device)
         response_lengths = rollout.response_mask.sum(-1)
-        longest = int((prompt_lengths + response_lengths).max())
+        response_counts: tuple[int, ...] = tuple(response_lengths.tolist())
+        longest = max(map(sum, zip(prompt_counts, response_counts, strict=True)))
         place = torch.arange(longest, device=device).expand(len(tokens), -1)
         step = place - prompt_lengths[:, None]
         from_prompt = prompts.gather(1, place.clamp(max=prompts.shape[1] - 1))
@@ -35,31 +41,41 @@ class SequenceTable:
         ids = torch.where(step < 0, from_prompt, from_response)
         # After the end any valid id will do: no real token looks there.
         ids = torch.where(step < response_lengths[:, None], ids, torch.zeros_like(ids))
-        return SequenceTable(ids, prompt_lengths, response_lengths)
+        return SequenceTable(ids, prompt_lengths, response_lengths, prompt_counts, response_counts)
 
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        total: list[int] = (self.prompt_lengths + self.response_lengths).tolist()
-        return total
+    def __len__(self) -> int:
+        return len(self.prompts)
 
-    def rows(self, rows: Tensor, longest: int) -> Sequences:
-        """Some sequences, trimmed to `longest` tokens."""
-        return Sequences(self.input_ids[rows, :longest], self.prompt_lengths[rows], self.response_lengths[rows])
+    def length(self, row: int) -> int:
+        """Tokens of a sequence."""
+        return self.prompts[row] + self.responses[row]
+
+    def by_length(self, rows: Iterable[int]) -> list[int]:
+        """Row numbers, longest sequence first."""
+        return sorted(rows, key=lambda row: -self.length(row))
+
+    def on_device(self, rows: list[int]) -> Tensor:
+        """Row numbers int64 `[n]`; the host does not wait until they are there."""
+        return torch.tensor(rows).to(self.input_ids.device, non_blocking=True)
+
+    def rows(self, rows: list[int]) -> tuple[Tensor, Sequences]:
+        """Row numbers int64 `[n]` and their sequences, trimmed to the longest of them."""
+        places, longest = self.on_device(rows), max(self.length(row) for row in rows)
+        sequences = Sequences(
+            self.input_ids[places, :longest],
+            self.prompt_lengths[places],
+            self.response_lengths[places],
+            response_total=sum(self.responses[row] for row in rows),
+        )
+        return places, sequences
 
 
-def microbatches(
-    table: SequenceTable, lengths: list[int], rows: list[int], size: int
-) -> Iterator[tuple[Tensor, Sequences]]:
+def microbatches(table: SequenceTable, rows: Iterable[int], size: int) -> Iterator[tuple[Tensor, Sequences]]:
     """Cut `rows` into microbatches of at most `size` sequences of like length, longest first.
 
     Yields:
-        int64 row numbers `[n]` and their sequences, trimmed to the longest of them.
+        As `SequenceTable.rows`.
     """
-    order = sorted(rows, key=lambda row: -lengths[row])
+    order = table.by_length(rows)
     for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield _rows(table, chosen), table.rows(_rows(table, chosen), lengths[chosen[0]])
-
-
-def _rows(table: SequenceTable, rows: list[int]) -> Tensor:
-    return torch.tensor(rows, device=table.input_ids.device)
+        yield table.rows(order[start : start + size])

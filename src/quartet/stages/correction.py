@@ -28,7 +28,7 @@ def corrected(rollout: Rollout, roles: Roles, *, temperature: float, rows: int) 
     mask, table = rollout.response_mask, SequenceTable.of(rollout)
     exact = torch.zeros_like(rollout.logprobs)
     roles.use("policy")
-    for chosen, plain in microbatches(table, table.lengths(), list(range(len(mask))), rows):
+    for chosen, plain in microbatches(table, range(len(mask)), rows):
         exact[chosen] = roles.policy(plain, mask[chosen], temperature=temperature)[0]
     gap = torch.stack([(exact - rollout.logprobs).abs().where(mask, 0.0).sum(), mask.sum()])
     return replace(rollout, logprobs=exact), gap

@@ -50,7 +50,7 @@ def score_rollout(
     trunks = _trunks(table, roles, rows)
 
     def batches() -> Iterator[tuple[Tensor, Sequences]]:
-        for chosen, plain in microbatches(table, table.lengths(), list(range(len(mask))), rows):
+        for chosen, plain in microbatches(table, range(len(mask)), rows):
             yield chosen, with_trunks(plain, trunks, chosen)
 
     # Role by role, so that only one role's weights need to be on the device.
@@ -69,8 +69,7 @@ def score_rollout(
     _refuse_not_finite(values.sum(-1), rollout, "value model", "ppo.value_learning_rate")
     _refuse_not_finite(ref_logprobs.sum(-1), rollout, "reference", "models.sft")
     if extra is not None and decode is not None:
-        lengths = table.response_lengths.tolist()
-        responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
+        responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, table.responses, strict=True)]
         scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
         _refuse_not_finite(scores, rollout, "weighted sum of rewards", "rewards")
     return Scored(rollout, ref_logprobs, values, values_at, scores, trunks)
@@ -78,11 +77,10 @@ def score_rollout(
 
 def _trunks(table: SequenceTable, roles: Roles, rows: int) -> dict[str, tuple[Tensor, ...]]:
     """States after the frozen layers, for both roles of each pair and for the epochs of the update."""
-    lengths = table.lengths()
-    kept = TrunkStates(len(lengths))
+    kept = TrunkStates(len(table))
     roles.use("policy", "value")
-    for chosen, plain in microbatches(table, lengths, list(range(len(lengths))), rows):
-        kept.keep(chosen, lengths, roles.trunk_states(plain))
+    for chosen, plain in microbatches(table, range(len(table)), rows):
+        kept.keep(chosen, table.length, roles.trunk_states(plain))
     return kept.rows()
 
 

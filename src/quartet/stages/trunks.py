@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,12 +18,12 @@ class TrunkStates:
         self._count = count
         self._kept: dict[str, list[Tensor | None]] = {}
 
-    def keep(self, rows: Tensor, lengths: list[int], states: Mapping[str, Tensor]) -> None:
-        """Take in a microbatch's states `[n, L, H]` of each backbone."""
+    def keep(self, rows: Tensor, length: Callable[[int], int], states: Mapping[str, Tensor]) -> None:
+        """Take in a microbatch's states `[n, L, H]` of each backbone; `length` gives the tokens of a row."""
         for name, tensor in states.items():
             places = self._kept.setdefault(name, [None] * self._count)
             for row, state in zip(rows.tolist(), tensor.cpu(), strict=True):
-                places[row] = state[: lengths[row]].clone()
+                places[row] = state[: length(row)].clone()
 
     def rows(self) -> dict[str, tuple[Tensor, ...]]:
         """`[sequence tokens, H]` of every sequence, by backbone."""

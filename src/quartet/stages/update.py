@@ -51,6 +51,7 @@ class Updater:
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._rows = ppo.microbatch_rows
+        self._with_entropy = True
         # Several processes cannot repeat what one of them failed at, nor can engines that hold shares of the gradients.
         self._alone = engine.world_size == 1 and not engine.shares_state
         self._say = say
@@ -68,14 +69,16 @@ class Updater:
                 is; the weights are as they were after the last good step.
         """
         ppo, table = self._ppo, SequenceTable.of(batch.scored.rollout)
-        lengths, sums, guard = table.lengths(), UpdateSums(), BadSteps(ppo.max_bad_steps, bad_steps)
-        count = len(lengths) // ppo.minibatches
+        sums, guard = UpdateSums(), BadSteps(ppo.max_bad_steps, bad_steps)
+        count = len(table) // ppo.minibatches
         for epoch in range(ppo.epochs):
-            order = self._permutation(len(lengths), iteration, epoch)
+            # Where the loss has no use for it, the entropy is measured once, on the first pass over the tokens.
+            self._with_entropy = ppo.entropy_coef > 0 or epoch == 0
+            order = self._permutation(len(table), iteration, epoch)
             for start in range(0, len(order), count):
-                self._minibatch(batch, table, lengths, order[start : start + count], sums, guard)
+                self._minibatch(batch, table, order[start : start + count], sums, guard)
         skipped, in_a_row = guard.finish(
-            batch.scored.rollout.prompts, lambda row: self._replay(batch, table, lengths, row), self._engine.gather
+            batch.scored.rollout.prompts, lambda row: self._replay(batch, table, row), self._engine.gather
         )
         return update_stats(self._engine, sums, ppo.epochs * ppo.minibatches, skipped, in_a_row)
 
@@ -88,12 +91,11 @@ class Updater:
         self,
         batch: Advantaged,
         table: SequenceTable,
-        lengths: list[int],
         rows: list[int],
         sums: UpdateSums,
         guard: BadSteps,
     ) -> None:
-        seen, part, losses = self._gradients_within_memory(batch, table, lengths, rows)
+        seen, part, losses = self._gradients_within_memory(batch, table, rows)
         norm = self._engine.clip_gradients(self._parameters, self._ppo.max_grad_norm).detach()
         bad = self._engine.sum((~(norm.isfinite() & losses.isfinite().all())).int()) > 0
         step_unless(bad, self._optimizer, lambda: self._engine.step(self._optimizer))
@@ -102,7 +104,7 @@ class Updater:
         guard.see(bad, part, losses)
 
     def _gradients_within_memory(
-        self, batch: Advantaged, table: SequenceTable, lengths: list[int], rows: list[int]
+        self, batch: Advantaged, table: SequenceTable, rows: list[int]
     ) -> tuple[UpdateSums, Tensor, Tensor]:
         """`_gradients`, with ever smaller microbatches where memory runs out.
 
@@ -110,7 +112,7 @@ class Updater:
         """
         while True:
             try:
-                return self._gradients(batch, table, lengths, rows)
+                return self._gradients(batch, table, rows)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._alone:
                     raise
@@ -131,15 +133,15 @@ class Updater:
         )
 
     def _gradients(
-        self, batch: Advantaged, table: SequenceTable, lengths: list[int], rows: list[int]
+        self, batch: Advantaged, table: SequenceTable, rows: list[int]
     ) -> tuple[UpdateSums, Tensor, Tensor]:
         """Forward and backward over this process's part of a minibatch: its sums, row numbers `[n]`, their losses `[n]`."""
         scored = batch.scored
-        chosen = torch.tensor(rows, device=table.input_ids.device)
+        chosen = table.on_device(rows)
         policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
         sums, parts, losses = UpdateSums(), [], []
         self._optimizer.zero_grad(set_to_none=True)
-        batches = list(microbatches(table, lengths, self._own(rows, lengths), self._rows))
+        batches = list(microbatches(table, self._own(table, rows), self._rows))
         for number, (part, plain) in enumerate(batches, start=1):
             sequences = with_trunks(plain, scored.trunks, part)
             row_loss = torch.zeros(len(part), device=part.device)
@@ -152,18 +154,18 @@ class Updater:
             losses.append(row_loss)
         return sums, torch.cat(parts), torch.cat(losses)
 
-    def _replay(self, batch: Advantaged, table: SequenceTable, lengths: list[int], row: int) -> bool:
+    def _replay(self, batch: Advantaged, table: SequenceTable, row: int) -> bool:
         """Whether an episode alone has a finite gradient."""
         if not self._alone:
             return True
-        self._gradients(batch, table, lengths, [row])
+        self._gradients(batch, table, [row])
         finite = bool(self._engine.clip_gradients(self._parameters, None).isfinite())
         self._optimizer.zero_grad(set_to_none=True)
         return finite
 
-    def _own(self, rows: list[int], lengths: list[int]) -> list[int]:
+    def _own(self, table: SequenceTable, rows: list[int]) -> list[int]:
         """This process's episodes of a minibatch: as many for each, of like lengths."""
-        return sorted(rows, key=lambda row: -lengths[row])[self._engine.rank :: self._engine.world_size]
+        return table.by_length(rows)[self._engine.rank :: self._engine.world_size]
 
     def _losses(
         self,
@@ -182,7 +184,7 @@ class Updater:
         """
         trained: Any = self._trained
         mask, value_mask = batch.scored.rollout.response_mask[part], batch.scored.value_mask[part]
-        wanted = {"temperature": self._temperature, "with_entropy": True, "entropy_grad": self._ppo.entropy_coef > 0}
+        wanted = {"temperature": self._temperature, "with_entropy": self._with_entropy, "entropy_grad": self._ppo.entropy_coef > 0}
         if self._engine.one_module or trained.one_pass:
             logprobs, entropy, values = trained(sequences, mask, value_mask, **wanted)
             policy = self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
@@ -209,8 +211,9 @@ class Updater:
                 policy_loss=loss,
                 kl=approx_kl(logprobs, old, mask),
                 policy_clipped=policy_clipped(logprobs, old, advantages, mask, clip_low=ppo.clip, clip_high=high),
-                entropy=entropy if entropy is not None else torch.zeros_like(logprobs),
             )
+            if entropy is not None:
+                sums.add(entropy=entropy, entropy_tokens=mask)
         if ppo.entropy_coef and entropy is not None:
             loss = loss - ppo.entropy_coef * entropy
         return loss.sum(-1)

@@ -62,7 +62,7 @@ def update_stats(engine: ProcessEngine, sums: UpdateSums, steps: int, skipped: i
     metrics = {
         "policy/loss": total["policy_loss"] / tokens,
         "policy/clip_fraction": total["policy_clipped"] / tokens,
-        "policy/entropy": total["entropy"] / tokens,
+        "policy/entropy": total["entropy"] / total["entropy_tokens"] if total["entropy_tokens"] else math.nan,
         "value/loss": total["value_loss"] / value_tokens,
         "value/clip_fraction": total["value_clipped"] / value_tokens,
         "kl/update": total["kl"] / tokens,
