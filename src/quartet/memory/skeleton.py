@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from quartet.config import LoraConfig
 from quartet.memory.choices import Choices, torch_dtype
@@ -180,30 +180,12 @@ def traced(roles: Roles) -> Iterator[MemoryTrace]:
     for view, role in zip(views, ("policy", "reference"), strict=True):
         view.head = _MarkedHead(view.head, trace, role)
     try:
-        with _one_sequence_a_row(), trace:
+        with trace:
             yield trace
     finally:
         labels.remove()
         for view, head in zip(views, heads, strict=True):
             view.head = head
-
-
-@contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """Tell transformers that no row packs several sequences.
-
-    It finds out by the values of the positions, and where there are none it takes the general way: with a mask, which
-    slower attention follows that needs more memory.
-    """
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    if before is not None:
-        setattr(masking_utils, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            setattr(masking_utils, name, before)
 
 
 def _namer(roles: Roles, backbone: str) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -26,6 +28,25 @@ def use_short_attention(model: PreTrainedModel) -> None:
         AttentionMaskInterface.register(NAME, sdpa_mask)
         assert NAME in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
     model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers that no row packs several sequences.
+
+    Where it is given neither mask nor cache it looks for that in the values of the positions, for which the host has to
+    wait in every forward pass.
+    """
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if before is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 def short_attention(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from quartet.distributed import WeightKeeper, WholeWeights
 from quartet.models.adapters import AdapterSwitch
+from quartet.models.attention import one_sequence_a_row
 from quartet.models.branch import Branch
 from quartet.models.plan import BackboneSpec
 from quartet.models.precision import autocast
@@ -80,7 +81,7 @@ class Backbone(nn.Module):
         the attention takes its fast causal path.
         """
         states = None if self.trunk is None else sequences.trunks.get(self.trunk)
-        with self.role(adapter), self._recomputing():
+        with self.role(adapter), self._recomputing(), one_sequence_a_row():
             arguments = {"input_ids": sequences.input_ids, "use_cache": False}
             if states is None or self.branch is None:
                 output: Any = self.transformer(**arguments)
@@ -93,7 +94,7 @@ class Backbone(nn.Module):
     def trunk_states(self, input_ids: Tensor) -> Tensor:
         """States `[n, L, H]` after the frozen layers, in the computation dtype."""
         assert self.branch is not None
-        with self.role(None):
+        with self.role(None), one_sequence_a_row():
             return self.branch.bottom(input_ids=input_ids, use_cache=False).to(self.dtype)
 
     def enable_checkpointing(self) -> None:

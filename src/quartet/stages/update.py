@@ -132,9 +132,7 @@ class Updater:
             f"ppo.microbatch_rows={self._ppo.microbatch_rows}; the gradient is the same"
         )
 
-    def _gradients(
-        self, batch: Advantaged, table: SequenceTable, rows: list[int]
-    ) -> tuple[UpdateSums, Tensor, Tensor]:
+    def _gradients(self, batch: Advantaged, table: SequenceTable, rows: list[int]) -> tuple[UpdateSums, Tensor, Tensor]:
         """Forward and backward over this process's part of a minibatch: its sums, row numbers `[n]`, their losses `[n]`."""
         scored = batch.scored
         chosen = table.on_device(rows)
@@ -184,7 +182,11 @@ class Updater:
         """
         trained: Any = self._trained
         mask, value_mask = batch.scored.rollout.response_mask[part], batch.scored.value_mask[part]
-        wanted = {"temperature": self._temperature, "with_entropy": self._with_entropy, "entropy_grad": self._ppo.entropy_coef > 0}
+        wanted = {
+            "temperature": self._temperature,
+            "with_entropy": self._with_entropy,
+            "entropy_grad": self._ppo.entropy_coef > 0,
+        }
         if self._engine.one_module or trained.one_pass:
             logprobs, entropy, values = trained(sequences, mask, value_mask, **wanted)
             policy = self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
