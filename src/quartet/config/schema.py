@@ -142,6 +142,8 @@ class RolloutConfig(Section):
     """Token that ends a response: `eos`, another token's text or id, or null to run to response_length."""
     engine: Literal["auto", "static", "dynamic"] = "auto"
     """Generation engine. static: preallocated cache with refill; dynamic: any model with a cache; auto chooses."""
+    cuda_graphs: bool = True
+    """Static engine on a GPU: record decoding steps as CUDA graphs and play them back. Nothing changes elsewhere."""
     correct_rollout: bool = False
     """Compute the log-probabilities of the responses once more as training does, so that the update starts at a ratio of
     exactly 1; for engines or precisions that differ (see rollout/logprob_gap)."""

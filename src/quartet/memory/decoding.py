@@ -15,7 +15,7 @@ from quartet.models.roles import Roles
 from quartet.rollout.sampling import sample
 from quartet.rollout.static import PREFILL_TOKENS
 from quartet.rollout.static_cache import NotDrivable
-from quartet.rollout.static_decoder import Decoder, generating
+from quartet.rollout.static_decoder import Decoder, generating, rounded
 
 
 def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
@@ -79,7 +79,7 @@ def _preallocated(trace: MemoryTrace, decoder: Decoder, roles: Roles, workload: 
     trace.stage = "decoding"
     trace.enter("policy embeddings")
     counts = torch.empty(rows, dtype=torch.int64)
-    _draw(roles, decoder.step(cache, counts, counts.clone(), workload.longest - 1), workload)
+    _draw(roles, decoder.step(cache, counts, counts.clone(), rounded(workload.longest)), workload)
 
 
 def _prefill(decoder: Decoder, cache: Any, roles: Roles, rows: int, workload: Workload) -> None:

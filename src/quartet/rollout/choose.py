@@ -10,16 +10,23 @@ from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.static import StaticEngine
 from quartet.rollout.static_cache import NotDrivable
+from quartet.rollout.steps import CudaRecorder
 
 
 def make_engine(
-    name: str, policy: LanguageView, settings: SamplingSettings, say: Callable[[str], None]
+    name: str,
+    policy: LanguageView,
+    settings: SamplingSettings,
+    say: Callable[[str], None],
+    *,
+    cuda_graphs: bool = False,
 ) -> RolloutEngine:
     """The engine of `rollout.engine`; `auto` takes the static one wherever the model can be driven by it.
 
     Args:
         name: auto, static or dynamic.
-        say: told in one line when `auto` has to take the dynamic engine.
+        say: told in one line when `auto` has to take the dynamic engine, or when steps cannot be recorded.
+        cuda_graphs: on a GPU, record decoding steps.
 
     Raises:
         ConfigError: `static` asked for with a model that it cannot drive.
@@ -27,7 +34,7 @@ def make_engine(
     if name == "dynamic":
         return DynamicEngine(policy, settings)
     try:
-        return StaticEngine(policy, settings)
+        engine = StaticEngine(policy, settings)
     except NotDrivable as reason:
         model = type(policy.backbone.model).__name__
         if name == "static":
@@ -36,3 +43,9 @@ def make_engine(
             ) from reason
         say(f"rollout.engine=auto takes the dynamic engine for {model}: {reason}")
         return DynamicEngine(policy, settings)
+    if cuda_graphs and policy.backbone.device.type == "cuda":
+        try:
+            engine.record_with(CudaRecorder)
+        except NotDrivable as reason:
+            say(f"rollout.cuda_graphs is off for {type(policy.backbone.model).__name__}: {reason}")
+    return engine

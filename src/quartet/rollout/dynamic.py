@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
-from quartet.rollout.sampling import episode_uniforms, sample
+from quartet.rollout.sampling import episode_uniforms, pick
 
 
 @dataclass
@@ -93,17 +93,8 @@ class DynamicEngine:
         for step in range(settings.response_length):
             logits = self._logits(group)
             out.decode_steps += step > 0
-            if greedy:
-                scaled = logits.float() / settings.temperature
-                tokens = scaled.argmax(-1)
-                logprobs = scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-            else:
-                tokens, logprobs = sample(
-                    logits,
-                    out.uniforms[group.rows, step],
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                )
+            uniform = None if greedy else out.uniforms[group.rows, step]
+            tokens, logprobs = pick(logits, uniform, temperature=settings.temperature, top_p=settings.top_p)
             out.tokens[group.rows, step] = tokens
             out.logprobs[group.rows, step] = logprobs
             out.lengths[group.rows] = step + 1

@@ -24,6 +24,15 @@ def episode_uniforms(seed: int, episodes: tuple[int, ...], length: int) -> Tenso
     return torch.stack(rows)
 
 
+def pick(logits: Tensor, uniform: Tensor | None, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """`sample`, or where there are no random numbers the most likely tokens, with log-probabilities as there."""
+    if uniform is not None:
+        return sample(logits, uniform, temperature=temperature, top_p=top_p)
+    scaled = logits.float() / temperature
+    tokens = scaled.argmax(-1)
+    return tokens, scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
 def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
-from quartet.rollout.sampling import episode_uniforms, sample
+from quartet.rollout.sampling import episode_uniforms
 from quartet.rollout.static_cache import RowCache
 from quartet.rollout.static_decoder import Decoder, check, generating
+from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Steps, check_recording
 
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one forward pass over prompts."""
@@ -77,8 +79,20 @@ class StaticEngine:
         self._policy = policy
         self._settings = settings
         self._decoder = Decoder(policy)
+        self._recorder: Callable[[], Recorder] | None = None
         with generating(policy):
             check(self._decoder, policy)
+
+    def record_with(self, recorder: Callable[[], Recorder]) -> None:
+        """Record decoding steps and play them back; what `recorder` gives serves one rollout, since weights may lie
+        elsewhere in the next.
+
+        Raises:
+            NotDrivable: a step of this model cannot be recorded, or gives something else when it is played back.
+        """
+        with torch.no_grad(), generating(self._policy):
+            check_recording(self._decoder, self._policy, self._settings, recorder())
+        self._recorder = recorder
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, *, greedy: bool = False) -> Rollout:
@@ -112,26 +126,30 @@ class StaticEngine:
         waiting = sorted(range(len(prompts)), key=lambda row: -lengths[row])
         size = min(self._settings.batch_rows, len(prompts))
         rows = self._empty_rows(size, max(lengths) + self._settings.response_length)
+        steps = Steps(self._decoder, self._policy.head, self._settings, rows.cache)
+        if self._recorder is not None:
+            steps = RecordedSteps(steps, rows.cache, self._policy.backbone.device, self._recorder())
         while waiting or rows.live:
             free = size - rows.live
             if waiting and (not rows.live or free >= max(1, size // REFILL_SHARE)):
                 for group in like_length([lengths[row] for row in waiting[:free]]):
-                    self._admit(rows, prompts, waiting[:group], out)
+                    self._admit(rows, prompts, waiting[:group], steps, out)
                     del waiting[:group]
                 continue
             live = slice(0, rows.live)
-            hidden = self._decoder.step(rows.cache, rows.token[live], rows.position[live], rows.longest)
+            uniform = self._uniform(rows, live, out)
+            picked = steps(rows.token[live], rows.position[live], rows.longest, uniform)
             rows.clock += 1
             rows.position[live] += 1
             out.decode_steps += 1
-            self._sample(rows, live, hidden, out)
+            self._keep(rows, live, picked, out)
 
     def _empty_rows(self, size: int, columns: int) -> _Rows:
         device = self._policy.backbone.device
         state = torch.zeros((4, size), dtype=torch.int64, device=device)
         return _Rows(self._decoder.new_cache(size, columns), *state)
 
-    def _admit(self, rows: _Rows, prompts: Prompts, chosen: list[int], out: _Responses) -> None:
+    def _admit(self, rows: _Rows, prompts: Prompts, chosen: list[int], steps: Steps, out: _Responses) -> None:
         """Prefill waiting prompts into the slots after the live ones and sample their first tokens."""
         device = rows.token.device
         texts = [prompts.tokens[row] for row in chosen]
@@ -144,21 +162,17 @@ class StaticEngine:
         rows.step[slots] = 0
         rows.born += [rows.clock] * len(chosen)
         rows.prompt += [len(text) for text in texts]
-        self._sample(rows, slots, hidden, out)
+        self._keep(rows, slots, steps.pick(hidden, self._uniform(rows, slots, out)), out)
 
-    def _sample(self, rows: _Rows, slots: slice, hidden: Tensor, out: _Responses) -> None:
-        """Sample a token for some slots, keep it, and release the slots that are done."""
+    def _uniform(self, rows: _Rows, slots: slice, out: _Responses) -> Tensor | None:
+        """The random numbers of some slots' next tokens."""
+        return None if out.uniforms is None else out.uniforms[rows.episode[slots], rows.step[slots]]
+
+    def _keep(self, rows: _Rows, slots: slice, picked: Picked, out: _Responses) -> None:
+        """Keep a token for each of some slots, and release the slots that are done."""
         settings = self._settings
         place = rows.episode[slots], rows.step[slots]
-        logits = self._policy.head(hidden)
-        if out.uniforms is None:
-            scaled = logits.float() / settings.temperature
-            tokens = scaled.argmax(-1)
-            logprobs = scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        else:
-            tokens, logprobs = sample(
-                logits, out.uniforms[place], temperature=settings.temperature, top_p=settings.top_p
-            )
+        tokens, logprobs = picked
         out.tokens[place] = tokens
         out.logprobs[place] = logprobs
         out.mask[place] = True

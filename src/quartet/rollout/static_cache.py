@@ -140,6 +140,8 @@ class RowCache(Cache):
             RowLayer(self._place, rows, columns, dtype, pattern.kind == SLIDING) for pattern in patterns
         ]
         super().__init__(layers=list(self._rows))
+        self.shape = (rows, columns)
+        """Rows and columns allocated."""
 
     def prefill(self, first: int) -> None:
         """The next forward pass holds whole prompts, for the rows from `first` on."""

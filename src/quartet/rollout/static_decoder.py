@@ -33,7 +33,7 @@ class Decoder:
 
     def new_cache(self, rows: int, columns: int) -> RowCache:
         """An empty cache in the computation dtype."""
-        return RowCache(self._patterns, rows, _rounded(columns), self._dtype)
+        return RowCache(self._patterns, rows, rounded(columns), self._dtype)
 
     def prefill(self, cache: RowCache, first: int, ids: Tensor, lengths: Tensor) -> Tensor:
         """Put prompts into the rows from `first` on.
@@ -50,18 +50,17 @@ class Decoder:
         states: Tensor = output.last_hidden_state
         return states[torch.arange(len(ids), device=ids.device), lengths - 1]
 
-    def step(self, cache: RowCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def step(self, cache: RowCache, tokens: Tensor, positions: Tensor, columns: int) -> Tensor:
         """Append one token to each of the rows 0 to n - 1.
 
         Args:
             tokens: int64 `[n]`.
             positions: int64 `[n]`, tokens that each row holds already.
-            longest: the largest of `positions`.
+            columns: attended over; more than every position.
 
         Returns:
             Hidden states `[n, H]` of these tokens.
         """
-        columns = _rounded(longest + 1)
         cache.decode(positions, columns)
         output: Any = self._transformer(
             input_ids=tokens[:, None],
@@ -111,10 +110,10 @@ def check(decoder: Decoder, policy: LanguageView) -> None:
     try:
         cache = decoder.new_cache(2, 7)
         found = [decoder.prefill(cache, 0, ids[:2, :5], lengths[:2])]
-        found.append(decoder.step(cache, ids[row, lengths[:2]], lengths[:2], 5))
+        found.append(decoder.step(cache, ids[row, lengths[:2]], lengths[:2], rounded(6)))
         cache.move(row[1:], row[:1], 3)  # the second row takes the place of the first, a third prompt comes in
         found.append(decoder.prefill(cache, 1, ids[2:, :3], lengths[2:]))
-        found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, 3))
+        found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, rounded(4)))
     except Exception as error:
         raise NotDrivable(
             f"a decoding step fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -127,5 +126,6 @@ def check(decoder: Decoder, policy: LanguageView) -> None:
         raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")
 
 
-def _rounded(columns: int) -> int:
+def rounded(columns: int) -> int:
+    """The columns that are attended over where so many are needed."""
     return -(-columns // COLUMN_STEP) * COLUMN_STEP

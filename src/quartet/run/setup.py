@@ -137,7 +137,7 @@ def _generator(
 ) -> RolloutEngine:
     name, policy = config.rollout.engine, roles.policy
     if not engine.cuts_weights:
-        return make_engine(name, policy, settings, say)
+        return make_engine(name, policy, settings, say, cuda_graphs=config.rollout.cuda_graphs)
     gather = config.distributed.gather_for_rollout
     if gather == "auto":
         free = free_memory(policy.backbone.device)

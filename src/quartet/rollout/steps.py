@@ -1,0 +1,146 @@
+"""One decoding step of all live rows, from the last tokens to the next: run as it is, or on a GPU recorded and played back.
+
+A step of a small batch is hundreds of short kernels, and launching them from Python takes longer than running them. A CUDA
+graph launches all of them at once. It fixes shapes and addresses, so that there is one graph for each number of rows and
+columns, both rounded up to powers of two, and the tokens come in through buffers that stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quartet.models.heads import LogitHead
+from quartet.models.roles import LanguageView
+from quartet.rollout.engine import SamplingSettings
+from quartet.rollout.sampling import pick
+from quartet.rollout.static_cache import NotDrivable, RowCache
+from quartet.rollout.static_decoder import Decoder, rounded
+
+Picked = tuple[Tensor, Tensor]
+"""Tokens int64 `[n]`, and float32 `[n]` their log-probabilities in nats."""
+FEWEST_COLUMNS = 64
+"""Of a recorded step."""
+
+
+class Steps:
+    """Steps run as they are."""
+
+    def __init__(self, decoder: Decoder, head: LogitHead, settings: SamplingSettings, cache: RowCache) -> None:
+        self._decoder, self._head, self._settings, self._cache = decoder, head, settings, cache
+
+    def pick(self, hidden: Tensor, uniform: Tensor | None) -> Picked:
+        """Tokens that follow hidden states `[n, H]`; drawn with `uniform` `[n]`, or the most likely ones."""
+        settings = self._settings
+        return pick(self._head(hidden), uniform, temperature=settings.temperature, top_p=settings.top_p)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int, uniform: Tensor | None) -> Picked:
+        """Append one token to each of the rows 0 to n - 1 of the cache, and give the tokens that follow.
+
+        Args:
+            tokens: int64 `[n]`.
+            positions: int64 `[n]`, tokens that each row holds already.
+            longest: the largest of `positions`, known to the host.
+            uniform: float64 `[n]` in [0, 1), or None for the most likely tokens.
+        """
+        return self.at(tokens, positions, rounded(longest + 1), uniform)
+
+    def at(self, tokens: Tensor, positions: Tensor, columns: int, uniform: Tensor | None) -> Picked:
+        """The same, attending over that many columns."""
+        return self.pick(self._decoder.step(self._cache, tokens, positions, columns), uniform)
+
+
+class Recorder(Protocol):
+    """Turns work on fixed tensors into something that can be done again."""
+
+    def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+        """Give what plays the work back, and where its results are then."""
+        ...
+
+
+class RecordedSteps(Steps):
+    """Steps that are run as they are the first time, recorded the second time, and played back from then on.
+
+    Rows beyond the live ones are computed along. What they write lies in places of the cache that no row is in, and a
+    prompt that comes in writes over it.
+    """
+
+    def __init__(self, steps: Steps, cache: RowCache, device: torch.device, record: Recorder) -> None:
+        super().__init__(steps._decoder, steps._head, steps._settings, cache)
+        self._rows, self._columns = cache.shape
+        self._record = record
+        self._token, self._position = torch.zeros((2, self._rows), dtype=torch.int64, device=device)
+        self._uniform = torch.zeros(self._rows, dtype=torch.float64, device=device)
+        self._seen: set[tuple[int, int]] = set()
+        self._known: dict[tuple[int, int], tuple[Callable[[], None], Picked]] = {}
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int, uniform: Tensor | None) -> Picked:
+        """As `Steps`; the result is overwritten by the next call."""
+        count = len(tokens)
+        rows, columns = power_of_two(count, self._rows), power_of_two(max(longest + 1, FEWEST_COLUMNS), self._columns)
+        for buffer, given in ((self._token, tokens), (self._position, positions), (self._uniform, uniform)):
+            if given is not None:
+                buffer[:count] = given
+                buffer[count:rows] = 0
+        key = (rows, columns)
+        if key not in self._seen:  # brings in what a library sets up on first use, which cannot be recorded
+            self._seen.add(key)
+            next_tokens, logprobs = self._padded(rows, columns, uniform is None)
+            return next_tokens[:count], logprobs[:count]
+        if key not in self._known:
+            self._known[key] = self._record(lambda: self._padded(rows, columns, uniform is None))
+        play, (next_tokens, logprobs) = self._known[key]
+        play()
+        return next_tokens[:count], logprobs[:count]
+
+    def _padded(self, rows: int, columns: int, greedy: bool) -> Picked:
+        return self.at(self._token[:rows], self._position[:rows], columns, None if greedy else self._uniform[:rows])
+
+
+class CudaRecorder:
+    """Records with CUDA graphs, which share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+        """Record; other threads of the process may go on using the GPU."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result
+
+
+def check_recording(decoder: Decoder, policy: LanguageView, settings: SamplingSettings, record: Recorder) -> None:
+    """Run a few steps as they are and recorded, on the same tokens, and compare.
+
+    Raises:
+        NotDrivable: recording fails, or gives other log-probabilities.
+    """
+    device, tokens = policy.backbone.device, torch.tensor([3, 5, 7])
+    ids = torch.stack([tokens, tokens + 1, tokens + 2]).to(device)
+    lengths = torch.full((3,), 3, device=device)
+    found = []
+    try:
+        for recorded in (False, True):
+            cache = decoder.new_cache(4, 8)
+            steps = Steps(decoder, policy.head, settings, cache)
+            if recorded:
+                steps = RecordedSteps(steps, cache, device, record)
+            decoder.prefill(cache, 0, ids, lengths)
+            picked = [steps(ids[:, 0], lengths + step, 3 + step, None)[1].clone() for step in range(4)]
+            found.append(torch.stack(picked))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NotDrivable(f"recording a decoding step fails with {type(error).__name__}: {reason}") from error
+    worst = float((found[0] - found[1]).abs().max())
+    if not worst <= (1e-3 if policy.backbone.dtype == torch.float32 else 0.1):
+        raise NotDrivable(f"a recorded decoding step gives log-probabilities that are off by {worst:.2g} nats")
+
+
+def power_of_two(count: int, most: int) -> int:
+    """The next power of two, `most` at the most."""
+    return min(most, 1 << (count - 1).bit_length())
