@@ -14,32 +14,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probe import LORA_RANK, write_result
+from probe import LORA_RANK, settle, write_result
 
-SIDE = 2048
-BUFFER = 256 * 2**20
+SIZES = {"cpu": (2048, 256 * 2**20), "cuda": (8192, 2 * 2**30)}
+"""Side of the matrices, bytes of the buffer."""
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def rates() -> dict[str, float]:
-    """FLOP/s of a 2048-wide matrix product by dtype, and bytes/s of a copy (read and written); the best of several."""
+def rates(device: str) -> dict[str, float]:
+    """FLOP/s of a wide matrix product by dtype, and bytes/s of a copy (read and written); the best of several."""
     import torch
 
-    found = {}
+    found, (side, buffer) = {}, SIZES[device]
     for name in BYTES:
-        left, right = (torch.randn(SIDE, SIDE).to(getattr(torch, name)) for _ in range(2))
+        left, right = (torch.randn(side, side, device=device).to(getattr(torch, name)) for _ in range(2))
         out = torch.empty_like(left)
-        found[name] = 2 * SIDE**3 / _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
-    source, target = (torch.ones(BUFFER // 4) for _ in range(2))
-    found["copy"] = 2 * BUFFER / _best(lambda: target.copy_(source))
+        found[name] = 2 * side**3 / _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), device)
+    source, target = (torch.ones(buffer // 4, device=device) for _ in range(2))
+    found["copy"] = 2 * buffer / _best(lambda: target.copy_(source), device)
     return found
 
 
-def _best(act: Any, times: int = 12) -> float:
+def _best(act: Any, device: str, times: int = 12) -> float:
     seconds = []
     for _ in range(times):
+        settle(device)
         start = time.perf_counter()
         act()
+        settle(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -52,23 +54,27 @@ class Shape:
     hidden: int
     inner: int
     vocabulary: int
+    keys: float
+    """Key and value heads over query heads."""
 
     @staticmethod
     def of(folder: Path) -> Shape:
         """From a checkpoint's config.json."""
         config = json.loads((folder / "config.json").read_text())
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-        return Shape(*(config[name] for name in names))
+        return Shape(*(config[name] for name in names), config["num_key_value_heads"] / config["num_attention_heads"])
 
     @property
     def backbone(self) -> int:
         """Parameters in linear layers, the head aside."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.inner)
+        attention = (2 + 2 * self.keys) * self.hidden**2
+        return round(self.layers * (attention + 3 * self.hidden * self.inner))
 
     @property
     def adapters(self) -> int:
         """Parameters of one LoRA adapter on all of them."""
-        return self.layers * LORA_RANK * (4 * 2 * self.hidden + 3 * (self.hidden + self.inner))
+        attention = (2 * 2 + 2 * (1 + self.keys)) * self.hidden
+        return round(self.layers * LORA_RANK * (attention + 3 * (self.hidden + self.inner)))
 
     @property
     def head(self) -> int:
@@ -122,7 +128,7 @@ def floors(shape: Shape, work: Work, machine: dict[str, float], dtype: str, *, l
     seconds = {stage: count / machine[dtype] for stage, count in flops(shape, work, lora=lora).items()}
     weights = BYTES[dtype] * (shape.backbone + shape.head) * work.decode_steps
     context = (work.prompt_tokens + work.response_tokens / 2) / work.episodes
-    cache = BYTES[dtype] * 2 * shape.layers * shape.hidden * context * work.response_tokens
+    cache = BYTES[dtype] * 2 * shape.layers * shape.hidden * shape.keys * context * work.response_tokens
     seconds["rollout"] = max(seconds["rollout"], (weights + cache) / machine["copy"])
     return seconds
 
@@ -131,7 +137,9 @@ def main() -> None:
     """Measure the rates, as a worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    write_result(parser.parse_args().out, rates())
+    parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
+    options = parser.parse_args()
+    write_result(options.out, rates(options.device))
 
 
 if __name__ == "__main__":

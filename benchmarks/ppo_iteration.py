@@ -24,9 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from growth import run_growth
 from harness import heading, machine, make_models, own_versions, parser, peer_versions, require, run_worker, write_json
 from iteration_table import print_case
+
+from quartet.models.precision import resolve_dtype
 
 EPISODES, EPOCHS = 32, 4
 PLANS = {False: "separate", True: "paired"}
@@ -78,7 +81,7 @@ def schedule(options: argparse.Namespace) -> list[Case]:
 def one_round(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     """Every side once, one after the other."""
     found = []
-    for side in SIDES:
+    for side in SIDES if options.default_differs else SIDES[:2]:
         python: Path | str = options.peer if side == "TRL" else sys.executable
         script = "peer/trl_ppo.py" if side == "TRL" else "quartet_worker.py"
         arguments = ["--root", str(options.models / case.size), *case.arguments(side)]
@@ -112,6 +115,9 @@ def compare(options: argparse.Namespace) -> None:
     print(heading(versions, options.threads), flush=True)
     rates = run_worker(sys.executable, "floor.py", [], options.threads)
     print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
+    options.default_differs = resolve_dtype("auto", torch.device("cpu")) != torch.float32
+    if not options.default_differs:
+        print("this processor does not multiply matrices in bfloat16: Quartet's default precision is float32 here")
     figures: dict[str, Any] = {"machine": machine(), "versions": versions, "threads": options.threads, "rates": rates}
     figures |= {"episodes": EPISODES, "epochs": EPOCHS, "rows": []}
     cases, medians = all_rounds(options, figures), {}

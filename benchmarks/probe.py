@@ -44,6 +44,14 @@ def warm_up() -> None:
     torch.optim.AdamW(model.parameters(), fused=True).step()
 
 
+def settle(device: str) -> None:
+    """Wait until a GPU has done what it was given, so that its time falls into the phase that gave it."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 class Probe:
     """Figures of one phase after another, over a floor taken when the libraries are imported.
 

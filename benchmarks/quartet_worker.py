@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, warm_up, write_result
+from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, settle, warm_up, write_result
 
 from quartet.config import Config, parse_config
 from quartet.distributed import SingleProcess
@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("4bit", "8bit"))
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--policy", default="policy")
     parser.add_argument("--stop", choices=("eos", "none"), default="none")
     parser.add_argument("--iterations", type=int, default=2)
@@ -62,7 +63,7 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
                 "lora": None if options.plan == "separate" else lora,
                 "quantization": options.quantization,
                 "dtype": options.dtype,
-                "device": "cpu",
+                "device": options.device,
                 "gradient_checkpointing": options.checkpointing,
             },
             "data": {"prompts": str(prompts), "column": "text", "eval_count": 0},
@@ -88,11 +89,14 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     prompts = session.next_prompts()
     probe.enter("rollout")
     rollout = loaded.rollout.generate(prompts)
+    settle(config.models.device)
     probe.enter("scoring")
     scored = session.score(rollout)
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
+    settle(config.models.device)
     probe.enter("update")
     updater.update(batch, iteration=session.state.iteration + 1)
+    settle(config.models.device)
     probe.enter("between")
     return {
         "phases": probe.take(),
@@ -130,7 +134,7 @@ def main() -> None:
         "load": start["load"],
         "iterations": iterations,
         "optimizer": f"{type(loaded.optimizer).__name__}(fused={loaded.optimizer.defaults.get('fused')})",
-        "dtype": str(resolve_dtype(config.models.dtype, resolve_device("cpu"))).removeprefix("torch."),
+        "dtype": str(resolve_dtype(config.models.dtype, resolve_device(options.device))).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
     write_result(options.out, result)

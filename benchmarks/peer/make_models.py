@@ -48,7 +48,27 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "tie_word_embeddings": True,
     },
+    "0.5B": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 5120,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+    "1.5B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 64000,
+        "tie_word_embeddings": True,
+    },
 }
+DTYPES = {"0.5B": torch.bfloat16, "1.5B": torch.bfloat16}
+"""Of the weights in the files; float32 where none is named."""
 SEED = 1234
 PROMPTS, SHORTEST, LONGEST = 256, 16, 48
 
@@ -109,7 +129,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> li
 
 
 def make_checkpoints(root: Path, size: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Random float32 weights of policy, value and reward, and a reward adapter over the policy's."""
+    """Random weights of policy, value and reward, and a reward adapter over the policy's."""
     config = LlamaConfig(
         max_position_embeddings=1024,
         pad_token_id=tokenizer.pad_token_id,
@@ -118,14 +138,15 @@ def make_checkpoints(root: Path, size: str, tokenizer: PreTrainedTokenizerFast) 
         attention_dropout=0.0,
         **SIZES[size],
     )
+    dtype = DTYPES.get(size, torch.float32)
     torch.manual_seed(SEED)
-    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     policy.save_pretrained(root / "policy")
     config.num_labels = 1
     for seed, name in enumerate(("value", "reward"), SEED + 1):
         torch.manual_seed(seed)
-        AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(root / name)
+        AutoModelForSequenceClassification.from_config(config, dtype=dtype).save_pretrained(root / name)
     torch.manual_seed(SEED + 3)
     base = AutoModelForSequenceClassification.from_pretrained(root / "policy", num_labels=1)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_LINEARS, task_type="SEQ_CLS")
@@ -137,7 +158,7 @@ def make_checkpoints(root: Path, size: str, tokenizer: PreTrainedTokenizerFast) 
 def main() -> None:
     """Write what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", default=["S", "M"], help="S, M")
+    parser.add_argument("sizes", nargs="*", default=["S", "M"], help=", ".join(SIZES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--early", action="store_true")
     options = parser.parse_args()

@@ -21,7 +21,7 @@ import torch
 import trl.experimental.ppo.ppo_trainer as ppo_trainer
 from datasets import Dataset
 from peft import LoraConfig
-from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, warm_up, write_result
+from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, settle, warm_up, write_result
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -45,6 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--sample-memory", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser.parse_args()
 
 
@@ -63,7 +65,7 @@ def configuration(options: argparse.Namespace, folder: str) -> PPOConfig:
         num_sample_generations=0,
         report_to="none",
         bf16=False,
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         learning_rate=3e-6,
         adam_epsilon=1e-5,
         seed=7,
@@ -76,8 +78,9 @@ def configuration(options: argparse.Namespace, folder: str) -> PPOConfig:
 class PhaseTimer(TrainerCallback):
     """Tells the probe where TRL's loop is."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, device: str) -> None:
         self.probe = probe
+        self.device = device
         self.iterations: list[dict[str, Any]] = []
         self.tokens: dict[str, int] = {}
         self.scoring = False
@@ -89,6 +92,7 @@ class PhaseTimer(TrainerCallback):
         def batch_generation(model: Any, queries: Any, *rest: Any, **named: Any) -> Any:
             self.probe.enter("rollout")
             result = generate(model, queries, *rest, **named)
+            settle(self.device)
             self.probe.enter("scoring")
             self.scoring = True
             prompts, sequences = queries.shape, result[0].shape
@@ -101,6 +105,7 @@ class PhaseTimer(TrainerCallback):
         def forward_pass(*arguments: Any, **named: Any) -> Any:
             if self.scoring and torch.is_grad_enabled():
                 self.scoring = False
+                settle(self.device)
                 self.probe.enter("update")
             return forward(*arguments, **named)
 
@@ -116,6 +121,7 @@ class PhaseTimer(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An iteration is over."""
+        settle(self.device)
         self.probe.enter("between")
         logged = state.log_history[-1] if state.log_history else {}
         self.iterations.append({"phases": self.probe.take(), **self.tokens, "load_average": os.getloadavg()[0]})
@@ -125,7 +131,7 @@ class PhaseTimer(TrainerCallback):
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
     """The models as TRL's own script loads them."""
-    root, kept = options.root, {"dtype": torch.float32}
+    root, kept = options.root, {"dtype": getattr(torch, options.dtype)}
     lora = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=LORA_LINEARS, task_type="CAUSAL_LM"
     )
@@ -150,7 +156,7 @@ def main() -> None:
     models = load(options)
     lines = (options.root / "prompts.jsonl").read_text().splitlines()[: options.episodes]
     prompts = Dataset.from_dict({"input_ids": [json.loads(line)["input_ids"] for line in lines]})
-    timer = PhaseTimer(probe)
+    timer = PhaseTimer(probe, options.device)
     timer.install(tokenizer.pad_token_id)
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(

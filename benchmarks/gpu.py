@@ -1,0 +1,106 @@
+"""One PPO iteration on a GPU: decoding against memory bandwidth, the update against the rate of matrix products, TRL beside.
+
+Random models of 0.5 and 1.5 billion parameters in bfloat16, 64 episodes of 256 response tokens that run to the limit, two
+epochs. The floors are those of floor.py with the GPU's own rates, measured at the start. TRL 1.12 runs where `--peer` names
+a Python that has it (bfloat16 weights); elsewhere its column is empty.
+
+`--device cpu --sizes S` runs the same on a CPU, to see that it works.
+
+usage: python benchmarks/gpu.py [--quick] [--json benchmarks/results/gpu.json] [--peer PYTHON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+from harness import heading, machine, make_models, own_versions, parser, peer_versions, run_worker, write_json
+from iteration_table import floor_of, medians
+
+EPISODES, RESPONSE, ROWS, EPOCHS = 64, 256, 16, 2
+PLANS = {False: "separate", True: "paired"}
+TO_REACH = {"rollout": 0.5, "update": 0.5}
+"""Shares of the floor."""
+
+
+def episodes_of(arguments: argparse.Namespace) -> int:
+    """Episodes of an iteration."""
+    return 8 if arguments.quick else EPISODES
+
+
+def options_of(arguments: argparse.Namespace) -> list[str]:
+    """The workload, for both sides."""
+    episodes, response = episodes_of(arguments), 32 if arguments.quick else RESPONSE
+    return [
+        *("--episodes", str(episodes), "--response-length", str(response), "--rows", str(min(ROWS, episodes))),
+        *("--epochs", str(EPOCHS), "--iterations", "3", "--stop", "none", "--device", arguments.device),
+    ]
+
+
+def measure(arguments: argparse.Namespace, size: str, lora: bool, side: str) -> dict[str, Any]:
+    """Three iterations of one side; the first warms up."""
+    root = ["--root", str(arguments.models / size)]
+    if side == "TRL":
+        dtype = "bfloat16" if arguments.device == "cuda" else "float32"
+        own = ["--mode", "lora" if lora else "full", "--dtype", dtype]
+        raw = run_worker(arguments.peer, "peer/trl_ppo.py", [*root, *options_of(arguments), *own], arguments.threads)
+    else:
+        own = ["--plan", PLANS[lora], "--dtype", "auto"]
+        raw = run_worker(sys.executable, "quartet_worker.py", [*root, *options_of(arguments), *own], arguments.threads)
+    return {"size": size, "lora": lora, "side": side, "raw": raw, "counted": raw["iterations"][1:]}
+
+
+def report(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> str:
+    """One line of the table."""
+    row, peer = rows["Quartet"], rows.get("TRL")
+    found, models = medians([row]), arguments.models / row["size"]
+    setting = {"episodes": episodes_of(arguments), "epochs": EPOCHS, "rates": rates, "lora": row["lora"]}
+    least = floor_of(found, found["decode_steps"], setting, models)
+    shares = {stage: least[stage] / found[f"{stage} wall"] for stage in TO_REACH}
+    ratio = "" if peer is None else f"{found['seconds'] / medians([peer])['seconds']:.2f}"
+    cells = "".join(f"{found[f'{stage} wall']:9.2f} ({share:4.0%})" for stage, share in shares.items())
+    name = f"{row['size']} {'LoRA' if row['lora'] else 'full'}"
+    speed = found["response_tokens"] / found["rollout wall"]
+    return f"{name:12}{found['seconds']:9.2f}{cells}{found['scoring wall']:9.2f}{speed:11.0f}{ratio:>8}"
+
+
+def main() -> None:
+    """Print the table; write the raw figures."""
+    found = parser(__doc__)
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--sizes", nargs="+", default=["0.5B", "1.5B"])
+    arguments = found.parse_args()
+    if arguments.device == "cuda" and not _has_gpu():
+        raise SystemExit(
+            "torch sees no GPU here; run this on a machine with one, or see that it works with --device cpu"
+        )
+    sizes = arguments.sizes[:1] if arguments.quick else arguments.sizes
+    make_models(arguments, sizes, early=False)
+    versions = {"quartet": own_versions()} | (
+        {"peer": peer_versions(arguments.peer)} if arguments.peer.exists() else {}
+    )
+    rates = run_worker(sys.executable, "floor.py", ["--device", arguments.device], arguments.threads)
+    print(heading(versions, arguments.threads))
+    print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
+    figures: dict[str, Any] = {"machine": machine(), "versions": versions, "rates": rates, "rows": []}
+    print(
+        f"{'':12}{'seconds':>9}{'rollout (floor)':>16}{'update (floor)':>16}{'scoring':>8}{'tokens/s':>11}{'/ TRL':>8}"
+    )
+    for size in sizes:
+        for lora in (False, True):
+            sides = ["Quartet", "TRL"] if arguments.peer.exists() else ["Quartet"]
+            rows = {side: measure(arguments, size, lora, side) for side in sides}
+            figures["rows"] += rows.values()
+            write_json(arguments.json, figures)
+            print(report(arguments, rows, rates), flush=True)
+
+
+def _has_gpu() -> bool:
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
