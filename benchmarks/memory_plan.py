@@ -71,9 +71,9 @@ def table(options: argparse.Namespace) -> None:
         root = Path(temporary)
         for size in sorted({spec["size"] for spec in chosen.values()}):
             write_checkpoints(root, size)
-        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in ("cores", "device", "torch", "transformers")))
-        print(f"{'configuration':32}" + "".join(f"{phase:>27}" for phase in PHASES) + f"{'exact':>10}")
-        print(f"{'':32}" + f"{'predicted measured  off MiB':>27}" * 4 + f"{'off':>10}")
+        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in ("cores", "threads", "device", "torch", "transformers")))
+        print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
+        print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
             predicted = in_process("predict", root, spec, options.default_malloc)
             measured = in_process("measure", root, spec, options.default_malloc)
@@ -89,13 +89,13 @@ def table(options: argparse.Namespace) -> None:
 
 
 def line(name: str, predicted: dict[str, Any], measured: dict[str, Any]) -> str:
-    """One row of the table."""
+    """One row of the table, in Markdown."""
     cells = []
     for phase in PHASES:
         mine, real = predicted["phases"][phase]["peak"], measured["measured"][phase]
-        cells.append(f"{mine / 2**20:10.1f} {real / 2**20:8.1f} {mine / max(real, 2**20) - 1:+7.1%}")
+        cells.append(f"{mine / 2**20:.0f} / {real / 2**20:.0f} ({mine / max(real, 2**20) - 1:+.1%})")
     off = max(abs(predicted["exact"][k] / v - 1) for k, v in measured["exact"].items())
-    return f"{name:32}" + "".join(cells) + f"{off:10.3%}"
+    return f"| {name} | " + " | ".join(cells) + f" | {off:.3%} |"
 
 
 def difference(row: dict[str, Any], phase: str) -> float:
@@ -118,6 +118,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
