@@ -71,7 +71,8 @@ def table(options: argparse.Namespace) -> None:
         root = Path(temporary)
         for size in sorted({spec["size"] for spec in chosen.values()}):
             write_checkpoints(root, size)
-        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in ("cores", "threads", "device", "torch", "transformers")))
+        shown = ("cores", "threads", "device", "torch", "transformers")
+        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in shown))
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
