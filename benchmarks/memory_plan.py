@@ -18,38 +18,33 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memory_plan_worker import PROMPT, RESPONSE, SEED, SIZES, configurations, write_checkpoints
+from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, configurations
 
 PHASES = ("load", "rollout", "scoring", "update")
 QUICK = ("S full", "S lora paired", "S lora single checkpointing")
 WORKER = Path(__file__).with_name("memory_plan_worker.py")
 
 
-def in_process(task: str, root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
-    """Run `measure` or `predict` in a fresh interpreter."""
+def results(root: Path, specs: list[dict[str, Any]], default_malloc: bool) -> Iterator[dict[str, Any]]:
+    """Predicted and measured figures of each configuration, as they come."""
     environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(WORKER),
-        "--task",
-        task,
-        "--root",
-        str(root),
-        "--spec",
-        json.dumps(spec),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--specs", json.dumps(specs)]
+    with (root / "errors.txt").open("w") as errors:
+        running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert running.stdout is not None
+        for _ in specs:
+            found = running.stdout.readline()
+            if not found:
+                raise SystemExit((root / "errors.txt").read_text()[-3000:])
+            result: dict[str, Any] = json.loads(found)
+            yield result
+        running.wait()
 
 
 def main() -> None:
@@ -69,17 +64,13 @@ def table(options: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        for size in sorted({spec["size"] for spec in chosen.values()}):
-            write_checkpoints(root, size)
         shown = ("cores", "threads", "device", "torch", "transformers")
         print(", ".join(f"{k} {v}" for k, v in machine().items() if k in shown))
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
-        for name, spec in chosen.items():
-            predicted = in_process("predict", root, spec, options.default_malloc)
-            measured = in_process("measure", root, spec, options.default_malloc)
-            rows.append({"name": name, "spec": spec, "predicted": predicted, **measured})
-            print(line(name, predicted, measured), flush=True)
+        for name, found in zip(chosen, results(root, list(chosen.values()), options.default_malloc), strict=True):
+            rows.append({"name": name, "spec": chosen[name], **found})
+            print(line(name, found["predicted"], found), flush=True)
     compared = ("rollout", "scoring", "update")
     worst = max((abs(difference(row, phase)), row["name"], phase) for row in rows for phase in compared)
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
