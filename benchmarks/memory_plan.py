@@ -18,33 +18,28 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, configurations
+from memory_plan_worker import predict, write_checkpoints
 
 PHASES = ("load", "rollout", "scoring", "update")
 QUICK = ("S full", "S lora paired", "S lora single checkpointing")
 WORKER = Path(__file__).with_name("memory_plan_worker.py")
 
 
-def results(root: Path, specs: list[dict[str, Any]], default_malloc: bool) -> Iterator[dict[str, Any]]:
-    """Predicted and measured figures of each configuration, as they come."""
+def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
+    """Peaks of two iterations in a fresh interpreter."""
     environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--specs", json.dumps(specs)]
-    with (root / "errors.txt").open("w") as errors:
-        running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert running.stdout is not None
-        for _ in specs:
-            found = running.stdout.readline()
-            if not found:
-                raise SystemExit((root / "errors.txt").read_text()[-3000:])
-            result: dict[str, Any] = json.loads(found)
-            yield result
-        running.wait()
+    command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--spec", json.dumps(spec)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -64,18 +59,26 @@ def table(options: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
+        for size in sorted({spec["size"] for spec in chosen.values()}):
+            write_checkpoints(root, size)
         shown = ("cores", "threads", "device", "torch", "transformers")
         print(", ".join(f"{k} {v}" for k, v in machine().items() if k in shown))
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
-        for name, found in zip(chosen, results(root, list(chosen.values()), options.default_malloc), strict=True):
-            rows.append({"name": name, "spec": chosen[name], **found})
-            print(line(name, found["predicted"], found), flush=True)
+        for name, spec in chosen.items():
+            predicted, measured = predict(root, spec), measured_alone(root, spec, options.default_malloc)
+            rows.append({"name": name, "spec": spec, "predicted": predicted, **measured})
+            save(options, rows)
+            print(line(name, predicted, measured), flush=True)
     compared = ("rollout", "scoring", "update")
     worst = max((abs(difference(row, phase)), row["name"], phase) for row in rows for phase in compared)
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
     loads = max(abs(r["predicted"]["phases"]["load"]["peak"] - r["measured"]["load"]) for r in rows) / 2**20
     print(f"largest difference in load: {loads:.1f} MiB")
+
+
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the raw figures, if asked to."""
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "options": vars_of(options), "rows": rows}, indent=2))
 

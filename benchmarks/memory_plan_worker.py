@@ -1,20 +1,16 @@
-"""The configurations of the memory benchmark: their checkpoints, their two iterations, their predictions.
+"""One configuration of the memory benchmark: its checkpoints, its two iterations, its prediction.
 
-Run by memory_plan.py: `--root FOLDER --specs JSON` prints a JSON object for each configuration. Measuring and predicting
-happen in forks of a process that has imported the libraries and nothing else, because the imports take longer than most
-configurations.
+Run by memory_plan.py in a process of its own: `--root FOLDER --spec JSON` measures and prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,51 +187,13 @@ def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return {"phases": phases, "exact": exact, "seconds": seconds}
 
 
-def forked(task: Callable[[Path, dict[str, Any]], dict[str, Any]], root: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """What a task returns, run in a process of its own."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        os.dup2(2, 1)  # what libraries print is not a result
-        try:
-            with os.fdopen(writing, "w") as stream:
-                json.dump(task(root, spec), stream)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        text = stream.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise SystemExit(f"{spec} failed")
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
 def main() -> None:
-    """Every configuration, its results as JSON on a line of stdout."""
+    """Measure one configuration; its result as JSON on the last line of stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--specs", type=json.loads, required=True)
+    parser.add_argument("--spec", type=json.loads, required=True)
     options = parser.parse_args()
-
-    import quartet.memory.estimate
-    import quartet.rollout.choose
-    import quartet.stages.update  # noqa: F401
-
-    for size in sorted({spec["size"] for spec in options.specs}):
-        forked(checkpoints, options.root, {"size": size})
-    for spec in options.specs:
-        found = {"predicted": forked(predict, options.root, spec), **forked(measure, options.root, spec)}
-        print(json.dumps(found), flush=True)
-
-
-def checkpoints(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """`write_checkpoints` as a task."""
-    write_checkpoints(root, spec["size"])
-    return spec
+    print("\n" + json.dumps(measure(options.root, options.spec)))
 
 
 if __name__ == "__main__":
