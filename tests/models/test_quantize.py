@@ -174,7 +174,7 @@ def test_four_bit_weights_can_leave_and_come_back(folders: tuple[Path, Path]) ->
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["torchao-int8-dynamic", "torchao-int4", "hqq"])
+@pytest.mark.parametrize("kind", ["torchao-int8-dynamic", "torchao-int4", "quanto-int4", "hqq"])
 def test_formats_with_wrong_gradients_are_refused_by_name(kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"models\.quantization.*{kind} .*; use 4bit, 8bit or torchao-int8"):
         parse_config({"models": {"sft": "a", "reward": "b", "quantization": kind}, "data": {"prompts": "c"}})
