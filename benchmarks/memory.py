@@ -1,7 +1,7 @@
 """Peak memory of PPO beside TRL 1.12's PPOTrainer, and beside LoRA supervised fine-tuning of one model with TRL 1.16.
 
 Every case runs in a process of its own: the same checkpoints and prompts, 32 episodes of 64 response tokens,
-microbatches of 8, two iterations of two epochs (Adam's state exists from the first step on, so that more epochs add
+microbatches of 8, two iterations of one epoch (Adam's state exists from the first step on, so that more epochs add
 nothing). The fine-tuning trains on as many tokens a step: the same prompts with 64 more tokens each.
 
 Two measures, both the peak over what the process held after imports and a first tiny training step:
@@ -18,6 +18,8 @@ usage: make bench-peer; python benchmarks/memory.py [--quick] [--json FILE]
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from harness import (
 )
 
 COMMON = ["--iterations", "2", "--sample-memory"]
-EPOCHS = ["--epochs", "2"]
+EPOCHS = ["--epochs", "1"]
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 MEASURES = ("resident", "anonymous")
 GIB = 2**30
@@ -101,32 +103,50 @@ def measure(options: argparse.Namespace, size: str, name: str, precision: str, m
     return found
 
 
-def tables(options: argparse.Namespace, sizes: list[str], figures: dict[str, Any]) -> None:
-    """Measure and print a table for each size; the raw figures are written as they come."""
+def collect(options: argparse.Namespace, sizes: list[str], figures: dict[str, Any]) -> None:
+    """Measure what is asked for and not in the figures yet; they are written as they come."""
     rows: list[dict[str, Any]] = figures["rows"]
     runs = [("float32", "default"), ("default", "default")] + [("float32", "returned")] * options.malloc
-    for size in sizes:
-        print(f"\nsize {size}, MiB over imports, resident / anonymous; the phase is that of the peak")
-        print(f"{'':18}{'float32':>18}{'':10}{'default dtype':>18}" + "     float32, returned" * options.malloc)
-        for name, case in CASES.items():
-            if options.only not in name:
-                continue
-            line = f"{name:18}"
-            for precision, malloc in runs:
-                if precision == "default" and case.default is None:
-                    line += f"{'':18}"
-                    continue
-                row = measure(options, size, name, precision, malloc)
-                rows.append(row)
-                write_json(options.json, figures)
-                line += f"{row['resident'] / 2**20:9.0f} /{row['anonymous'] / 2**20:7.0f}"
-                line += f"  {row['phase']:8}" if (precision, malloc) == runs[0] else ""
-            print(line, flush=True)
+    for size, (precision, malloc), (name, case) in itertools.product(sizes, runs, CASES.items()):
+        known = any(_key(row) == (size, name, precision, malloc) for row in rows)
+        if known or options.only not in name or (precision == "default" and case.default is None):
+            continue
+        row = measure(options, size, name, precision, malloc)
+        rows.append(row)
+        write_json(options.json, figures)
+        print(f"{size} {name:18}{precision:9}{malloc:9} {_cell(row)} MiB, at its peak in {row['phase']}", flush=True)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["size"], row["case"], row["precision"], row["malloc"]
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['resident'] / 2**20:.0f} / {row['anonymous'] / 2**20:.0f}"
+
+
+def tables(rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table of each size, and what was to be reached."""
+    by_key = {_key(row): row for row in rows}
+    for size in dict.fromkeys(row["size"] for row in rows):
+        malloc = [("float32", "returned")] * any(_key(row)[0::3] == (size, "returned") for row in rows)
+        runs = [("float32", "default"), ("default", "default"), *malloc]
+        print(
+            f"\n| {size}, MiB, resident / anonymous | float32 | peak in | default dtype |"
+            + " freed memory returned |" * len(malloc)
+        )
+        print("|---|---|---|---|" + "---|" * len(malloc))
+        for name in CASES:
+            cells = [by_key.get((size, name, *run)) for run in runs]
+            if any(cells):
+                phase = cells[0]["phase"] if cells[0] else ""
+                print(f"| {name} | " + " | ".join([_cell(cells[0]), phase, *map(_cell, cells[1:])]) + " |")
         bounds(rows, size)
 
 
 def bounds(rows: list[dict[str, Any]], size: str) -> None:
     """Print what was to be reached beside what was."""
+    print()
     for malloc in dict.fromkeys(row["malloc"] for row in rows):
         known = {r["case"]: r for r in rows if (r["size"], r["precision"], r["malloc"]) == (size, "float32", malloc)}
         for mine, other, limit in BOUNDS:
@@ -142,12 +162,16 @@ def bounds(rows: list[dict[str, Any]], size: str) -> None:
 def main() -> None:
     """Print the tables; write the raw figures."""
     found = parser(__doc__)
+    found.add_argument("--sizes", nargs="+", default=["S", "M"], choices=("S", "M"))
     found.add_argument("--sft", type=Path, default=BENCH / "sft/bin/python", help="Python with TRL 1.16")
+    found.add_argument(
+        "--resume", action="store_true", help="keep what the file of --json holds, measure what it lacks"
+    )
     found.add_argument("--malloc", action="store_true", help="measure again with freed memory returned at once")
     options = found.parse_args()
     require(options.peer)
     require(options.sft)
-    sizes = ["S"] if options.quick else ["S", "M"]
+    sizes = ["S"] if options.quick else options.sizes
     make_models(options, sizes, early=False)
     versions = {
         "quartet": own_versions(),
@@ -156,7 +180,19 @@ def main() -> None:
     }
     print(heading(versions, options.threads))
     figures = {"machine": machine(), "versions": versions, "threads": options.threads, "rows": []}
-    tables(options, sizes, figures)
+    if options.resume and options.json is not None and options.json.exists():
+        figures["rows"] = rows_of_before(options.json, versions)
+    collect(options, sizes, figures)
+    tables(figures["rows"])
+
+
+def rows_of_before(file: Path, versions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run; it must have been one of the same versions."""
+    before = json.loads(file.read_text())
+    if before["versions"] != versions:
+        raise SystemExit(f"{file} was measured with other versions; leave out --resume to measure all rows again")
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
 
 
 if __name__ == "__main__":

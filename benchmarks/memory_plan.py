@@ -21,30 +21,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memory_plan_worker import PROMPT, RESPONSE, SEED, SIZES, configurations, write_checkpoints
+from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, configurations
+from memory_plan_worker import predict, write_checkpoints
 
 PHASES = ("load", "rollout", "scoring", "update")
 QUICK = ("S full", "S lora paired", "S lora single checkpointing")
 WORKER = Path(__file__).with_name("memory_plan_worker.py")
 
 
-def in_process(task: str, root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
-    """Run `measure` or `predict` in a fresh interpreter."""
+def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
+    """Peaks of two iterations in a fresh interpreter."""
     environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(WORKER),
-        "--task",
-        task,
-        "--root",
-        str(root),
-        "--spec",
-        json.dumps(spec),
-    ]
+    command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--spec", json.dumps(spec)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
@@ -71,31 +61,36 @@ def table(options: argparse.Namespace) -> None:
         root = Path(temporary)
         for size in sorted({spec["size"] for spec in chosen.values()}):
             write_checkpoints(root, size)
-        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in ("cores", "device", "torch", "transformers")))
-        print(f"{'configuration':32}" + "".join(f"{phase:>27}" for phase in PHASES) + f"{'exact':>10}")
-        print(f"{'':32}" + f"{'predicted measured  off MiB':>27}" * 4 + f"{'off':>10}")
+        shown = ("cores", "threads", "device", "torch", "transformers")
+        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in shown))
+        print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
+        print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
-            predicted = in_process("predict", root, spec, options.default_malloc)
-            measured = in_process("measure", root, spec, options.default_malloc)
+            predicted, measured = predict(root, spec), measured_alone(root, spec, options.default_malloc)
             rows.append({"name": name, "spec": spec, "predicted": predicted, **measured})
+            save(options, rows)
             print(line(name, predicted, measured), flush=True)
     compared = ("rollout", "scoring", "update")
     worst = max((abs(difference(row, phase)), row["name"], phase) for row in rows for phase in compared)
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
     loads = max(abs(r["predicted"]["phases"]["load"]["peak"] - r["measured"]["load"]) for r in rows) / 2**20
     print(f"largest difference in load: {loads:.1f} MiB")
+
+
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the raw figures, if asked to."""
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "options": vars_of(options), "rows": rows}, indent=2))
 
 
 def line(name: str, predicted: dict[str, Any], measured: dict[str, Any]) -> str:
-    """One row of the table."""
+    """One row of the table, in Markdown."""
     cells = []
     for phase in PHASES:
         mine, real = predicted["phases"][phase]["peak"], measured["measured"][phase]
-        cells.append(f"{mine / 2**20:10.1f} {real / 2**20:8.1f} {mine / max(real, 2**20) - 1:+7.1%}")
+        cells.append(f"{mine / 2**20:.0f} / {real / 2**20:.0f} ({mine / max(real, 2**20) - 1:+.1%})")
     off = max(abs(predicted["exact"][k] / v - 1) for k, v in measured["exact"].items())
-    return f"{name:32}" + "".join(cells) + f"{off:10.3%}"
+    return f"| {name} | " + " | ".join(cells) + f" | {off:.3%} |"
 
 
 def difference(row: dict[str, Any], phase: str) -> float:
@@ -118,6 +113,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,13 +1,12 @@
 """One configuration of the memory benchmark: its checkpoints, its two iterations, its prediction.
 
-Run by memory_plan.py in a process of its own: `--task measure|predict --root FOLDER --spec JSON` prints one JSON object.
+Run by memory_plan.py in a process of its own: `--root FOLDER --spec JSON` measures and prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import threading
 import time
@@ -16,70 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SIZES: dict[str, dict[str, Any]] = {
-    "S": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "intermediate_size": 2048,
-        "vocab_size": 8192,
-        "tie_word_embeddings": False,
-    },
-    "M": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "intermediate_size": 2048,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-}
-PROMPT, RESPONSE = 32, 32
-SEED = 0
-
-
-def configurations() -> dict[str, dict[str, Any]]:
-    """Name to the `models` section (checkpoints by size and kind) and the rows."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, size: str, rows: int = 8, **models: Any) -> None:
-        found[name] = {"size": size, "rows": rows, "models": {"dtype": "float32", "sharing": "separate"} | models}
-
-    paired: dict[str, Any] = {"lora": {"r": 16}, "sharing": "paired"}
-    single = paired | {"sharing": "single"}
-    for size, rows in (("S", 8), ("M", 4)):
-        add(f"{size} full", size, rows)
-        add(f"{size} full checkpointing", size, rows, gradient_checkpointing=True)
-        add(f"{size} full bfloat16", size, rows, dtype="bfloat16")
-        add(f"{size} lora paired", size, rows, **paired)
-        add(f"{size} lora single", size, rows, **single)
-        add(f"{size} lora single checkpointing", size, rows, **single, gradient_checkpointing=True)
-        add(f"{size} lora paired bfloat16", size, rows, **paired, dtype="bfloat16")
-        add(f"{size} lora paired 4bit", size, rows, **paired, quantization="4bit")
-    add("S full, 3 layers frozen", "S", freeze_layers=3)
-    add("S lora separate", "S", **paired | {"sharing": "separate"})
-    add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
-    add("S lora paired 8bit", "S", **paired, quantization="8bit")
-    return found
-
-
-def run_config(root: Path, spec: dict[str, Any]) -> Any:
-    """The Quartet configuration of one entry of `configurations`."""
-    from quartet.config import parse_config
-
-    folder = root / spec["size"]
-    reward = "reward-lora" if spec["models"]["sharing"] == "single" else "reward"
-    return parse_config(
-        {
-            "models": {"sft": str(folder / "sft"), "reward": str(folder / reward), **spec["models"]},
-            "data": {"prompts": "unused", "max_prompt_tokens": PROMPT},
-            "rollout": {"batch_size": 2 * spec["rows"], "response_length": RESPONSE, "batch_rows": 2 * spec["rows"]},
-            "ppo": {"epochs": 1, "minibatches": 1, "microbatch_rows": spec["rows"]},
-            "run": {"seed": SEED},
-        }
-    )
+from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, run_config
+from probe import status_bytes
 
 
 def write_checkpoints(root: Path, size: str) -> None:
@@ -132,10 +69,8 @@ class Probe:
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file backs (RssAnon)."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Bytes of this process that no file backs."""
+    return status_bytes("RssAnon")
 
 
 def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
@@ -213,10 +148,13 @@ def exact_bytes(roles: Any, optimizer: Any) -> dict[str, int]:
 
 
 def add_storages(held: Any, storages: dict[int, int]) -> None:
-    """Storages of a tensor, and of the scales that bitsandbytes keeps beside a quantized one."""
+    """Storages of a tensor, and of the scales that belong to a quantized one."""
     import torch
 
-    if isinstance(held, torch.Tensor):
+    if hasattr(held, "__tensor_flatten__"):
+        for name in held.__tensor_flatten__()[0]:
+            add_storages(getattr(held, name), storages)
+    elif isinstance(held, torch.Tensor):
         storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
     for extra in ("quant_state", "state2", "absmax", "code", "offset", "SCB", "CB"):
         if (further := getattr(held, extra, None)) is not None:
@@ -250,13 +188,12 @@ def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One task, its result as JSON on stdout."""
+    """Measure one configuration; its result as JSON on the last line of stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("measure", "predict"), required=True)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--spec", type=json.loads, required=True)
     options = parser.parse_args()
-    print(json.dumps((measure if options.task == "measure" else predict)(options.root, options.spec)))
+    print("\n" + json.dumps(measure(options.root, options.spec)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, settle, warm_up, w
 from quartet.config import Config, parse_config
 from quartet.distributed import SingleProcess
 from quartet.models.precision import resolve_device, resolve_dtype
+from quartet.run.allocator import return_gaps
 from quartet.run.progress import Progress
 from quartet.run.session import Session
 from quartet.stages.advantages import compute_advantages
@@ -97,6 +98,7 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     probe.enter("update")
     updater.update(batch, iteration=session.state.iteration + 1)
     settle(config.models.device)
+    return_gaps()
     probe.enter("between")
     return {
         "phases": probe.take(),

@@ -152,6 +152,24 @@ def test_nothing_fits_is_the_users_mistake_and_says_how_much(tmp_path: Path, hol
     assert "nothing fits into 1.00 MiB" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_yaml_of_a_search_trains_as_it_is(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a narrow terminal too, and with changes that no default has."""
+    monkeypatch.setattr("quartet.memory.command.WIDTH", 40)
+    values = tiny_run("llama", **{"models.lora": {"r": 5}, "ppo.minibatches": 1, "ppo.microbatch_rows": 4})
+    capsys.readouterr()
+    assert plan(tmp_path, values, "--json") == 0
+    update = json.loads(capsys.readouterr().out)["phases"]["update"]["peak"]
+    assert plan(tmp_path, values, "--memory", f"{int(update) - 4096}B") == 0
+    printed = capsys.readouterr().out.partition("ready to use:")[2]
+    assert yaml.safe_load(printed)["models"]["sft"] == values["models"]["sft"]
+    assert yaml.safe_load(printed) != values
+    (tmp_path / "found.yaml").write_text(printed)
+    assert main(["train", str(tmp_path / "found.yaml")]) == 0
+    assert (tmp_path / "run" / "policy" / "adapter_config.json").is_file()
+
+
 def test_train_refuses_what_does_not_fit_unless_forced(hollow: Any) -> None:
     values = hollow(SMALL)
     config = parse_config(values)

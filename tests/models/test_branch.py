@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import FAMILIES
-from pipeline import Pipeline
+from checkpoints import FAMILIES, plain_model
+from pipeline import Pipeline, sequences
 from quartet.errors import ConfigError
 from quartet.models.loading import count_bytes
 
 
-def frozen(tiny_run: Any, family: str, **changes: Any) -> Pipeline:
-    return Pipeline(tiny_run(family, **{"models.lora": None, "models.freeze_layers": 1, **changes}))
+def frozen(tiny_run: Any, family: str, sft: str = "sft", reward: str = "reward", **changes: Any) -> Pipeline:
+    return Pipeline(tiny_run(family, sft, reward, **{"models.lora": None, "models.freeze_layers": 1, **changes}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,6 +93,26 @@ def test_reference_and_reward_stay_while_the_top_moves(tiny_run: Any, family: st
     assert torch.equal(before.ref_logprobs, after.ref_logprobs)
     assert torch.equal(before.scores, after.scores)
     assert all(not torch.equal(weights[name], tensor) for name, tensor in pipeline.trained().items())
+
+
+def test_checkpoints_that_are_adapters_are_added_into_the_weights(tiny_run: Any, library: Any) -> None:
+    """Reference and reward model are the checkpoints, not their bases."""
+    roles = frozen(tiny_run, "llama", sft="sft-lora", reward="reward-lora").roles
+    language = plain_model(library.path("llama", "sft-lora"))
+    classifier: Any = plain_model(library.path("llama", "reward-lora"), task="classifier")
+    one, mask = sequences([[5, 9, 30]], [[40, 41, 42]])
+    with torch.no_grad():
+        logits = language(input_ids=one.input_ids, use_cache=False).logits[0, 2:5]
+        expected = torch.log_softmax(logits, -1)[range(3), [40, 41, 42]]
+        for role in (roles.reference, roles.policy):
+            torch.testing.assert_close(role(one, mask, temperature=1.0)[0][0], expected, rtol=1e-4, atol=1e-5)
+        score = classifier(input_ids=one.input_ids, use_cache=False).logits[0]
+        torch.testing.assert_close(roles.reward.scores(one), score, rtol=1e-4, atol=1e-5)
+
+
+def test_quantization_beside_frozen_layers_is_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match=r"models\.quantization=8bit finds nothing .*freeze_layers=1"):
+        frozen(tiny_run, "llama", **{"models.quantization": "8bit"})
 
 
 def test_nothing_left_to_train_is_refused(tiny_run: Any) -> None:

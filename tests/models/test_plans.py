@@ -150,6 +150,27 @@ def test_hidden_states_are_bit_identical_to_the_plain_model(
             assert torch.equal(hidden_of(view.backbone, batch.input_ids, view.adapter), expected)
 
 
+@pytest.mark.parametrize("plan", ["paired", "single"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_reference_are_bit_identical_to_the_checkpoints_alone(
+    family: str, plan: str, tiny_run: TinyRun, library: Any
+) -> None:
+    """Same batch, same numbers: the base by transformers, the reward adapter by PEFT. The chunks of logits are two here."""
+    reward = "reward-lora" if plan == "single" else "reward"
+    roles = Pipeline(tiny_run(family, "sft", reward, **PLANS[plan])).roles
+    base: Any = plain_model(library.path(family, "sft"))
+    classifier: Any = plain_model(library.path(family, reward), task="classifier")
+    draw = torch.Generator().manual_seed(0)
+    prompts, responses = torch.randint(3, 250, (5, 9), generator=draw), torch.randint(3, 250, (5, 30), generator=draw)
+    batch, mask = sequences(prompts.tolist(), responses.tolist())
+    with torch.no_grad():
+        logits = base(input_ids=batch.input_ids, use_cache=False).logits[:, 8:-1]
+        expected = torch.log_softmax(logits, -1).gather(-1, responses[..., None]).squeeze(-1)
+        assert torch.equal(roles.reference(batch, mask, temperature=1.0)[0], expected)
+        scores = classifier(input_ids=batch.input_ids, use_cache=False).logits.squeeze(-1)
+        assert torch.equal(roles.reward.scores(batch), scores)
+
+
 @pytest.mark.parametrize("plan", ["separate-full", "separate-lora", "paired", "single"])
 def test_policy_starts_as_the_sft_adapter(plan: str, tiny_run: TinyRun, library: Any) -> None:
     """Adapter off is the base model, which is neither the reference nor where the policy starts."""

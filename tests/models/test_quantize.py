@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,10 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "sft", root / "reward"
 
 
-def load(folders: tuple[Path, Path], quantization: str | None, dtype: str = "float32") -> Roles:
-    models = ModelsConfig(
-        sft=str(folders[0]), reward=str(folders[1]), lora=LoraConfig(r=4), quantization=quantization, dtype=dtype
-    )
+def load(folders: tuple[Path, Path], quantization: str | None, dtype: str = "float32", **others: Any) -> Roles:
+    given = {"lora": LoraConfig(r=4), "quantization": quantization, "dtype": dtype} | others
+    models = ModelsConfig(sft=str(folders[0]), reward=str(folders[1]), **given)
     sft, reward = read_checkpoint(models.sft, "sft"), read_checkpoint(models.reward, "reward")
     roles = load_roles(models, plan_for(models, sft, reward), sft, reward, seed=0)
     torch.manual_seed(5)
@@ -90,6 +91,42 @@ def test_gradients_after_a_rollout_equal_those_before(folders: tuple[Path, Path]
     assert before.keys() == after.keys()
     for name, gradient in before.items():
         torch.testing.assert_close(after[name], gradient, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_activations_change_no_gradient(folders: tuple[Path, Path], kind: str) -> None:
+    plain, recomputing = (load(folders, kind, gradient_checkpointing=given) for given in (False, True))
+    roll_out(recomputing)
+    expected = gradients(plain)
+    # LLM.int8 rounds activations too: a last bit that differs may become a step of 1/127 of the row's largest.
+    least = 0.05 if kind == "8bit" else 1e-5
+    for name, gradient in gradients(recomputing).items():
+        difference = ((gradient - expected[name]).norm() / expected[name].norm()).item()
+        assert difference < least, (name, difference)
+
+
+def test_eight_bit_layers_do_not_talk_at_every_product(
+    folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.NOTSET)
+    gradients(load(folders, "8bit"))
+    assert "MatMul8bitLt" not in caplog.text
+
+
+def test_in_full_fine_tuning_only_frozen_roles_are_quantized(folders: tuple[Path, Path]) -> None:
+    roles, full = (load(folders, kind, lora=None) for kind in ("8bit", None))
+    for name, backbone in roles.backbones.items():
+        weights = {p.dtype for p in backbone.model.get_submodule("model.layers").parameters() if p.ndim == 2}
+        assert weights == {torch.float32 if name in ("policy", "value") else torch.int8}
+    sequences = Sequences(torch.arange(3, 39).reshape(3, 12) % 97, torch.tensor([4, 5, 6]), torch.tensor([8, 7, 6]))
+    mask = torch.arange(8) < sequences.response_lengths[:, None]
+    with torch.no_grad():
+        policy, reference, exact = (
+            role(sequences, mask, temperature=1.0)[0] for role in (roles.policy, roles.reference, full.reference)
+        )
+    assert torch.equal(policy, exact)
+    # The reference is the checkpoint up to the rounding of its weights, and the KL starts there.
+    assert 1e-5 < (reference - exact).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("kind", "least"), [("4bit", 0.90), ("8bit", 0.99), ("torchao-int8", 0.99)])
@@ -137,7 +174,7 @@ def test_four_bit_weights_can_leave_and_come_back(folders: tuple[Path, Path]) ->
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["torchao-int8-dynamic", "torchao-int4", "hqq"])
+@pytest.mark.parametrize("kind", ["torchao-int8-dynamic", "torchao-int4", "quanto-int4", "hqq"])
 def test_formats_with_wrong_gradients_are_refused_by_name(kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"models\.quantization.*{kind} .*; use 4bit, 8bit or torchao-int8"):
         parse_config({"models": {"sft": "a", "reward": "b", "quantization": kind}, "data": {"prompts": "c"}})

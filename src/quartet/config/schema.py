@@ -55,7 +55,8 @@ class ModelsConfig(Section):
     their computation, value and reward model likewise."""
     quantization: Annotated[Literal["4bit", "8bit", "torchao-int8"] | None, RightGradients] = None
     """Hold frozen backbones in 4 bit (nf4) or 8 bit (int8) through bitsandbytes, or in 8 bit through torchao; heads, norms,
-    embeddings and adapters stay in full precision, trained weights are never quantized."""
+    embeddings and adapters stay in full precision, trained weights are never quantized. In full fine-tuning reference and
+    reward model are, so that the KL to the reference starts at the rounding of its weights and not at zero."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Computation and frozen weights. bfloat16 keeps adapters, heads and trained weights in float32 and uses autocast.
     auto: bfloat16 where the device computes in it, else float32."""
@@ -82,6 +83,12 @@ class ModelsConfig(Section):
             raise ValueError(
                 f"models.freeze_layers={self.freeze_layers} is for full fine-tuning, and models.lora is set; LoRA freezes "
                 "every layer already, so leave one of the two out"
+            )
+        if self.freeze_layers and self.quantization is not None:
+            raise ValueError(
+                f"models.quantization={self.quantization} finds nothing to quantize with "
+                f"models.freeze_layers={self.freeze_layers}, whose frozen layers are shared with the trained ones and hold "
+                "their precision; leave one of the two out"
             )
         if self.value_model == "trunk" and self.value_head_init != "zero":
             raise ValueError(

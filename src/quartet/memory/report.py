@@ -136,7 +136,8 @@ def show_search(found: Found, memory: int, console: Console) -> None:
     console.print(f"fits into {format_bytes(memory)}: [bold]{describe(found.chosen.change)}[/bold]")
     show(estimate, console)
     console.print("ready to use:")
-    console.print(yaml.safe_dump(config_values(found.chosen.config), sort_keys=False), markup=False, highlight=False)
+    text = yaml.safe_dump(config_values(found.chosen.config), sort_keys=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)  # a line that wraps is other YAML
 
 
 def describe(change: Change) -> str:

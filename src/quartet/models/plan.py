@@ -183,6 +183,10 @@ def _separate(sft: Source, reward: Source, lora: bool, freeze_layers: int) -> Sh
         on = (AdapterSpec(role, False, source.adapter),) if source.adapter else ()
         return BackboneSpec(role, source.base, task, False, on)
 
+    def view(role: Role, source: Source, head: Literal["lm", "score"]) -> ViewSpec:
+        # Twins of trained backbones copy weights that the adapter was added into already.
+        return ViewSpec(role, role, role if source.adapter and not freeze_layers else None, head, False)
+
     return SharingPlan(
         "separate",
         (
@@ -193,8 +197,8 @@ def _separate(sft: Source, reward: Source, lora: bool, freeze_layers: int) -> Sh
         ),
         (
             ViewSpec("policy", "policy", "policy" if lora else None, "lm", True),
-            ViewSpec("reference", "reference", "reference" if sft.adapter else None, "lm", False),
+            view("reference", sft, "lm"),
             ViewSpec("value", "value", "value" if lora else None, "value", True),
-            ViewSpec("reward", "reward", "reward" if reward.adapter and not freeze_layers else None, "score", False),
+            view("reward", reward, "score"),
         ),
     )

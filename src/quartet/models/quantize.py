@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,6 +66,9 @@ def seal(model: nn.Module, kind: str) -> None:
             f"models.quantization={kind} found no linear layer to quantize in {type(model).__name__}; "
             "use models.quantization=null"
         )
+    if kind == "8bit":
+        # It says at every product of every layer that float32 is rounded by way of float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind != "4bit":
         return
     for name, layer in layers:

@@ -69,6 +69,18 @@ def softmax_of_chunk(
     return ChunkSoftmax(logprobs, log_normaliser - weighted.sum(-1), probabilities, weighted)
 
 
+@torch.no_grad()
+def logprobs_of_chunk(logits: Tensor, tokens: Tensor, temperature: float, workspace: Workspace) -> Tensor:
+    """Log-probabilities of the chosen tokens `[n]`, bit for bit those of `torch.log_softmax`: the normaliser that
+    `softmax_of_chunk` reads off the probabilities may differ in the last place."""
+    found, scaled = workspace.of(logits)
+    scaled.copy_(logits)
+    if temperature != 1.0:
+        scaled.div_(temperature)
+    torch.log_softmax(scaled, -1, out=found)
+    return found.gather(-1, tokens[:, None]).squeeze(-1)
+
+
 def to_logprob_slope(probabilities: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
     """`scale * d logprob / d (logits / temperature) = scale * (one-hot - p)`, written over the probabilities."""
     return probabilities.mul_(-scale[:, None]).scatter_add_(1, tokens[:, None], scale[:, None])

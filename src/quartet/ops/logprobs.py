@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from quartet.ops.chunk_softmax import Workspace, softmax_of_chunk, to_entropy_slope, to_logprob_slope
+from quartet.ops.chunk_softmax import Workspace, logprobs_of_chunk, softmax_of_chunk, to_entropy_slope, to_logprob_slope
 
 Head = Callable[[Tensor], Tensor]
 
@@ -120,6 +120,9 @@ def _without_gradient(
     logprobs, entropies = _results(hidden, with_entropy)
     workspace = Workspace()
     for rows, states, chosen in _chunks(hidden, tokens, chunk_tokens):
+        if not with_entropy:
+            logprobs[rows] = logprobs_of_chunk(head(states), chosen, temperature, workspace)
+            continue
         softmax = softmax_of_chunk(head(states), chosen, temperature, with_entropy, workspace)
         logprobs[rows], entropies[rows] = softmax.logprobs, softmax.entropies
     return logprobs, entropies

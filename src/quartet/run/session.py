@@ -13,7 +13,7 @@ from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.rewards.sources import combine
 from quartet.run.advice import Adviser
-from quartet.run.allocator import return_freed_memory
+from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint
 from quartet.run.fingerprint import fingerprints, refuse_changed
@@ -253,6 +253,8 @@ class Session:
         start = time.perf_counter()
         with self._memory.measuring(stage):
             yield
+        if stage == "update":
+            return_gaps()
         self._seconds[stage] = time.perf_counter() - start
 
     def _enter(self, stage: str) -> None:
