@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quartet.config import Config, LoraConfig
+from quartet.distributed import CUTTING, SHARING_STATE, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, RoleBytes
@@ -49,16 +50,28 @@ class Estimator:
         self._adapters: dict[tuple[str, str, LoraConfig | None], TensorSizes] = {}
         self._simulator = Simulator(sft, reward, workload)
 
-    def estimate(self, plan: SharingPlan, choices: Choices) -> Estimate:
+    def estimate(self, plan: SharingPlan, choices: Choices, free: float | None = None) -> Estimate:
         """Predict one plan under one set of choices.
+
+        Args:
+            free: bytes for one process before loading, as far as they are known; decides `gather_for_rollout: auto`.
 
         Raises:
             CheckpointError: a checkpoint whose model cannot be built from its configuration.
             ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers).
         """
         ledger = self.ledger(plan, choices)
+        choices = self.decided(plan, choices, ledger, free)
         phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
         return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases)
+
+    def decided(self, plan: SharingPlan, choices: Choices, ledger: Ledger, free: float | None) -> Choices:
+        """The choices with `gather_for_rollout: auto` decided as a run decides it; with `free` unknown, it gathers."""
+        spec = next(spec for spec in plan.backbones if spec.name == plan.view("policy").backbone)
+        adapters = sum(self._adapter(spec, adapter.name, choices).parameters for adapter in spec.adapters)
+        whole = (self._shape(spec.task, 0).parameters + adapters) * torch_dtype(choices.dtype).itemsize
+        left = None if free is None else free - ledger.load.peak
+        return replace(choices, gather_for_rollout=gathers_for_rollout(choices.gather_for_rollout, whole, left))
 
     def ledger(self, plan: SharingPlan, choices: Choices) -> Ledger:
         """What is in memory for the whole run."""
@@ -253,9 +266,9 @@ def estimator_for(
 
 def shards(choices: Choices) -> int:
     """Into how many processes weights are cut."""
-    return choices.world_size if choices.engine in ("zero3", "fsdp2") else 1
+    return choices.world_size if choices.engine in CUTTING else 1
 
 
 def gradient_shards(choices: Choices) -> int:
     """Into how many processes gradients and optimizer state are cut."""
-    return choices.world_size if choices.engine in ("zero2", "zero3", "fsdp2") else 1
+    return choices.world_size if choices.engine in SHARING_STATE else 1

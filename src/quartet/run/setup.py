@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.config import Config
-from quartet.distributed import ProcessEngine, SingleProcess
+from quartet.distributed import ProcessEngine, SingleProcess, gathers_for_rollout
 from quartet.errors import CheckpointError
 from quartet.memory.free import free_memory
 from quartet.models.branch import layer_list
@@ -31,9 +31,6 @@ from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.optimizer import make_optimizer
-
-GATHER_SHARE = 0.5
-"""`gather_for_rollout: auto` takes at most this share of the memory that is free after loading."""
 
 Say = Callable[[str], None]
 
@@ -138,10 +135,9 @@ def _generator(
     name, policy = config.rollout.engine, roles.policy
     if not engine.cuts_weights:
         return make_engine(name, policy, settings, say)
-    gather = config.distributed.gather_for_rollout
-    if gather == "auto":
-        free = free_memory(policy.backbone.device)
-        gather = not engine.any(free is not None and policy.backbone.whole_bytes() > GATHER_SHARE * free)
+    free = free_memory(policy.backbone.device, engine.processes_here)
+    wanted = config.distributed.gather_for_rollout
+    gather = not engine.any(not gathers_for_rollout(wanted, policy.backbone.whole_bytes(), free))
     say(f"rollout: {'every process holds the whole policy' if gather else 'a layer at a time, in step'}")
     return ShardedRollout(policy, engine, lambda: make_engine(name, policy, settings, say), gather=gather)
 
