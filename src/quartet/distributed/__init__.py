@@ -1,6 +1,13 @@
 """Processes: the only place that knows whether there is one or many."""
 
-from quartet.distributed.choose import CUTTING, SHARING_STATE, engine_name, gathers_for_rollout, refuse_impossible
+from quartet.distributed.choose import (
+    CUTTING,
+    SHARING_STATE,
+    Travel,
+    engine_name,
+    gathers_for_rollout,
+    refuse_impossible,
+)
 from quartet.distributed.engine import ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
 from quartet.distributed.launch import joined
 from quartet.distributed.pieces import Piece
@@ -11,6 +18,7 @@ __all__ = [
     "Piece",
     "ProcessEngine",
     "SingleProcess",
+    "Travel",
     "WeightKeeper",
     "WholeWeights",
     "engine_name",

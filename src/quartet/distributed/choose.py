@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from quartet.config import Config
@@ -13,6 +14,23 @@ SHARING_STATE = ("zero2", *CUTTING)
 """Engines under which a process holds only its share of the optimizer's state."""
 GATHER_SHARE = 0.5
 """`gather_for_rollout: auto` takes at most this share of the memory that is free after loading."""
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How much travels at once."""
+
+    bucket: int
+    """DeepSpeed: gradients that are summed together, in a buffer that stays; its own default would be 2 GB in float32."""
+    ahead: int
+    """ZeRO-3: weights that are fetched while others compute."""
+    ddp_bucket: int = 25 << 20
+    """ddp: bytes of gradients that are summed together."""
+
+    @staticmethod
+    def of(*, cuda: bool) -> Travel:
+        """On a CPU small buffers do as well, and nothing computes while others travel."""
+        return Travel(50_000_000, 50_000_000) if cuda else Travel(4_000_000, 0)
 
 
 def engine_name(config: Config, world_size: int) -> str:

@@ -110,15 +110,8 @@ class ShardedWeights:
         register_fsdp_forward_method(root, entry)
         self._root: FSDPModule = root
         self._layers = [layer for layer in layers if isinstance(layer, FSDPModule)]
-        self._become_root(root)
-
-    @staticmethod
-    def _become_root(root: Any) -> None:
-        """Whichever unit runs first becomes the root for good, and generation begins with a layer."""
-        root.nothing = lambda: None
-        register_fsdp_forward_method(root, "nothing")
-        root.nothing()
-        root.reshard()
+        # Whichever unit runs first becomes the root for good, and generation begins with a layer.
+        root._get_fsdp_state()._lazy_init()
 
     @contextmanager
     def head(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ class PhaseBytes:
     trunk_states: float
     """States after frozen layers that scoring keeps for the update."""
     gathered: float
-    """Weights of layers that are whole for as long as they run (sharded engines)."""
+    """Several processes: weights that are whole while they run, and buffers in which weights and gradients travel."""
     libraries: float
     """What libraries take for themselves on first use (CPU)."""
     at: str

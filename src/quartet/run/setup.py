@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +106,23 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
 
 
-def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEngine | None = None) -> Loaded:
-    """Load the plan's models and build what works with them."""
+def load_everything(
+    config: Config,
+    inputs: Inputs,
+    say: Say,
+    engine: ProcessEngine | None = None,
+    measuring: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Loaded:
+    """Load the plan's models and build what works with them.
+
+    Args:
+        measuring: gives a context that takes the peak memory of a phase, `load` and then `rollout`.
+    """
     engine = engine or SingleProcess()
-    roles = _load(config, inputs, engine)
+    with measuring("load"):
+        roles = _load(config, inputs, engine)
+        optimizer = make_optimizer(roles, config.ppo)
+        trained = engine.prepare(roles.trained, optimizer)
     tokenizer, rollout = inputs.tokenizer, config.rollout
     settings = SamplingSettings(
         response_length=rollout.response_length,
@@ -124,9 +138,9 @@ def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEng
         text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    optimizer = make_optimizer(roles, config.ppo)
-    trained = engine.prepare(roles.trained, optimizer)
-    return Loaded(roles, engine, trained, optimizer, _generator(config, roles, engine, settings, say), decode)
+    with measuring("rollout"):  # it tries a few steps
+        generator = _generator(config, roles, engine, settings, say)
+    return Loaded(roles, engine, trained, optimizer, generator, decode)
 
 
 def _generator(
