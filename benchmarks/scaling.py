@@ -145,7 +145,7 @@ def main() -> None:
     found.set_defaults(threads=1)
     options = found.parse_args()
     make_models(options, ["S"], early=False)
-    iterations = 2 if options.quick else 3
+    iterations = 2
     versions = own_versions() | {"deepspeed": version("deepspeed")}
     print(heading({"quartet": versions}, options.threads))
     workload = f"{EPISODES} episodes a process, {RESPONSE} response tokens, 1 epoch, microbatches of {ROWS}, float32"

@@ -88,6 +88,7 @@ def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
         "plan",
         "roles",
         "search",
+        "traffic",
         "version",
         "workload",
     ]

@@ -49,6 +49,7 @@ class Workload:
     batch_size: int
     """Episodes per iteration, all processes together."""
     minibatches: int
+    epochs: int
     entropy_gradient: bool
     top_p: float
     temperature: float
@@ -114,6 +115,7 @@ def workload_of(config: Config, longest_prompt: int | None = None) -> Workload:
         response_length=config.rollout.response_length,
         batch_size=config.rollout.batch_size,
         minibatches=config.ppo.minibatches,
+        epochs=config.ppo.epochs,
         entropy_gradient=config.ppo.entropy_coef > 0,
         top_p=config.rollout.top_p,
         temperature=config.rollout.temperature,

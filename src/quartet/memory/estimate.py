@@ -11,7 +11,7 @@ from quartet.config import Config, LoraConfig
 from quartet.distributed import CUTTING, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
-from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, RoleBytes
+from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -26,6 +26,7 @@ from quartet.memory.sharding import (
     shards,
 )
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
+from quartet.memory.traffic import traffic, travel_bytes
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import ROLES, BackboneSpec, Role, SharingPlan, Task
@@ -71,7 +72,17 @@ class Estimator:
         ledger = self.ledger(plan, choices)
         choices = self.decided(plan, choices, ledger, free)
         phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
-        return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases)
+        carried = self._traffic(plan, choices, ledger)
+        return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases, carried)
+
+    def _traffic(self, plan: SharingPlan, choices: Choices, ledger: Ledger) -> tuple[PhaseTraffic, ...]:
+        """What the network carries."""
+        found = {
+            spec.name: travel_bytes(spec, self._shape(spec.task, 0), self._whole(spec, choices), choices)
+            for spec in plan.backbones
+        }
+        trained = FLOAT * sum(role.trained_parameters for role in ledger.roles)
+        return traffic(plan, choices, self.workload, found, trained)
 
     def decided(self, plan: SharingPlan, choices: Choices, ledger: Ledger, free: float | None) -> Choices:
         """The choices with `gather_for_rollout: auto` decided as a run decides it; with `free` unknown, it gathers."""
