@@ -145,7 +145,7 @@ def main() -> None:
     found.set_defaults(threads=1)
     options = found.parse_args()
     make_models(options, ["S"], early=False)
-    iterations = 2
+    iterations = 2 if options.quick else 3
     versions = own_versions() | {"deepspeed": version("deepspeed")}
     print(heading({"quartet": versions}, options.threads))
     workload = f"{EPISODES} episodes a process, {RESPONSE} response tokens, 1 epoch, microbatches of {ROWS}, float32"
@@ -153,6 +153,7 @@ def main() -> None:
     print(
         f"{'plan engine N':18}{'seconds':>8}{'tok/s':>8} effic." + "".join(f"{p:>8} ratio" for p in PHASES) + "load/shr"
     )
+    about = {"machine": machine(), "versions": versions, "seed": SEED, "threads": options.threads, "workload": workload}
     rows, raw = [], []
     for case in cases(options.quick):
         if options.only not in case["name"]:
@@ -163,8 +164,7 @@ def main() -> None:
         same = {"plan": case["plan"], "engine": case["engine"], "processes": 1}
         alone = next((row for row in rows if same.items() <= row.items()), None)
         print(line(rows[-1], alone), flush=True)
-    about = {"machine": machine(), "versions": versions, "seed": SEED, "threads": options.threads, "workload": workload}
-    write_json(options.json, {**about, "rows": rows, "raw": raw})
+        write_json(options.json, {**about, "rows": rows, "raw": raw})
 
 
 if __name__ == "__main__":

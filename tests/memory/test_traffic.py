@@ -70,4 +70,5 @@ def test_as_counted_in_two_processes(engine: str, tiny_run: Any, tmp_path: Path)
     weights, gradients = (sum(getattr(one, kind) for one in predicted) for kind in ("weights", "gradients"))
     for own in counted:
         assert own["gradients"] == pytest.approx(gradients, rel=0.01)
-        assert own["weights"] == pytest.approx(weights, rel=0.01)
+        # The first backward pass of an iteration may fetch a layer ahead that is not the next.
+        assert own["weights"] == pytest.approx(weights, rel=0.02)

@@ -83,6 +83,11 @@ class Zero2(ZeroEngine):
         zero = self._engine.optimizer
         shares = [parts[self.rank] for parts in zero.parallel_partitioned_bit16_groups]
         share_masters(zero.single_partition_of_fp32_groups, shares)
+        for parameter in parameters:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # a view, which would keep the copy
+                place, flat = mapping.get_hp_fragment_address(), shares[mapping.param_group_index]
+                mapping.hp_fragment = flat.narrow(0, place.start, place.numel)
         result: nn.Module = self._engine
         return result
 

@@ -29,12 +29,14 @@ class Zero3(ZeroEngine):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._kept: list[tuple[nn.Module, Zero3Weights]] = []
+        travel = Travel.of(cuda=device.type == "cuda")
         self._configuration = configuration(
             3,
             device,
+            sub_group_size=travel.bucket,  # what is stepped together, with temporary gradients of that size
             stage3_param_persistence_threshold=0,
             stage3_max_reuse_distance=0,
-            stage3_prefetch_bucket_size=Travel.of(cuda=device.type == "cuda").ahead,
+            stage3_prefetch_bucket_size=travel.ahead,
         )
 
     def keep(

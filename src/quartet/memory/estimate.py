@@ -20,7 +20,7 @@ from quartet.memory.sharding import (
     Pieces,
     extra_bytes,
     gradient_shards,
-    loading_gradients,
+    loading_bytes,
     pieces_of,
     resting_gradients,
     shards,
@@ -98,9 +98,9 @@ class Estimator:
         heads = sum(role.head for role in roles if role.role in ("value", "reward"))
         after_load = sum(fresh for _, fresh in weights) + heads
         on_cpu = self.device.type == "cpu"
-        gradients = sum(role.gradients for role in roles)
-        at_load = loading_gradients(choices, gradients)
-        load = PhaseBytes("load", after_load, 0, at_load, 0, 0, 0, 0, 0, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
+        trained = sum(role.gradients for role in roles)  # as many bytes as the weights
+        extra = loading_bytes(choices, trained, after_load - trained, cuda=not on_cpu)
+        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
         backbones = tuple(backbone for backbone, _ in weights)
         return Ledger(backbones, roles, heads, LIBRARIES if on_cpu else 0, load)
 

@@ -108,9 +108,20 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool) -> 
     return gathered
 
 
-def loading_gradients(choices: Choices, gradients: float) -> float:
-    """Of a process's share of the gradients, what exists from loading on: DeepSpeed's stage 3 has one buffer for all."""
-    return gradients if choices.engine == "zero3" else 0
+def loading_bytes(choices: Choices, trained: float, rest: float, *, cuda: bool) -> float:
+    """Bytes at the peak of loading beside the weights: DeepSpeed's copies of what is trained.
+
+    Stage 2 copies its share and makes gradients for it. Stage 3 lays the share out flat, copies it, makes gradients for it
+    and for one group of it; the frozen backbones come after that, and the gradients stay.
+
+    Args:
+        trained, rest: bytes of a process's share of what is trained, and of what comes after it.
+    """
+    if choices.engine == "zero2":
+        return 2 * trained
+    if choices.engine != "zero3":
+        return 0
+    return max(trained, 2 * trained + min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest)
 
 
 def resting_gradients(choices: Choices, gradients: float) -> float:
