@@ -90,6 +90,8 @@ class FullyShardedDataParallel(ProcessGroup):
 class ShardedWeights:
     """One backbone whose layers, and whose rest, are cut."""
 
+    are_whole = False
+
     def __init__(
         self, module: nn.Module, layers: Sequence[nn.Module], entry: str, mesh: DeviceMesh, dtype: torch.dtype
     ) -> None:
@@ -138,9 +140,11 @@ class ShardedWeights:
         self._root.set_reshard_after_forward(False)
         for unit in (*self._layers, self._root):
             unit.unshard()
+        self.are_whole = True
         try:
             yield
         finally:
+            self.are_whole = False
             self._root.set_reshard_after_forward(True)
             self._root.set_reshard_after_forward(False, recurse=False)
             for unit in (*self._layers, self._root):

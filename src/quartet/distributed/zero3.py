@@ -114,6 +114,8 @@ class Zero3(ZeroEngine):
 class Zero3Weights:
     """One backbone whose weights are cut. DeepSpeed's hooks fetch a module's weights before it runs and give them back."""
 
+    are_whole = False
+
     def __init__(self, module: nn.Module, head: list[nn.Parameter]) -> None:
         self.hooks: Any = None
         """DeepSpeed's object that put the hooks there."""
@@ -139,9 +141,11 @@ class Zero3Weights:
             for handle in (*hooks.forward_hooks, *hooks.backward_hooks):
                 handle.remove()
             hooks.forward_hooks, hooks.backward_hooks = [], []
+            self.are_whole = True
             try:
                 yield
             finally:
+                self.are_whole = False
                 hooks._register_deepspeed_module(hooks.module)
 
     @contextmanager

@@ -24,6 +24,7 @@ from quartet.memory.sharding import (
     pieces_of,
     resting_gradients,
     shards,
+    widened,
 )
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from quartet.memory.traffic import traffic, travel_bytes
@@ -112,7 +113,7 @@ class Estimator:
         return replace(
             fixed,
             weights=fixed.weights - self._away(name, plan, choices, ledger),
-            gradients=work.held[GRADIENTS] / gradient_shards(choices)
+            gradients=work.held[GRADIENTS] * widened(choices, plan) / gradient_shards(choices)
             if name == "update"
             else resting_gradients(choices, fixed.gradients),
             activations=work.held[ACTIVATIONS],
@@ -170,7 +171,7 @@ class Estimator:
         """A share of a mapped weight is a copy; ddp and zero2 write to what is trained before the first step does."""
         if choices.engine in CUTTING:
             return replace(size, mapped=0, mapped_at_first=0)
-        if choices.engine != "none" and spec.trainable:
+        if spec.trainable and (choices.engine == "zero2" or choices.world_size > 1):
             return replace(size, mapped_at_first=size.mapped)
         return size
 

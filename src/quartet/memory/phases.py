@@ -131,16 +131,8 @@ def _quiet() -> Iterator[None]:
 
 def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
     """All that the small models depend on."""
-    together = choices.engine in TOGETHER
-    return (
-        plan,
-        choices.lora,
-        choices.dtype,
-        choices.checkpointing,
-        choices.quantization,
-        choices.rollout_engine,
-        together,
-    )
+    models = plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization
+    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:

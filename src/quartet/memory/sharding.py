@@ -11,7 +11,7 @@ from quartet.distributed import CUTTING, SHARING_STATE, Travel
 from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.shapes import BackboneShape
-from quartet.models.plan import BackboneSpec
+from quartet.models.plan import BackboneSpec, SharingPlan
 
 FLOAT = 4
 """Bytes of a float32: trained weights and all gradients."""
@@ -127,3 +127,10 @@ def loading_bytes(choices: Choices, trained: float, rest: float, *, cuda: bool) 
 def resting_gradients(choices: Choices, gradients: float) -> float:
     """Of a process's share of the gradients, what exists outside of the update: stage 2 lets go of it after the step."""
     return 0 if choices.engine == "zero2" else gradients
+
+
+def widened(choices: Choices, plan: SharingPlan) -> float:
+    """Bytes of a gradient that is kept, over those of one as it comes: fsdp2 adds up in float32."""
+    if choices.engine != "fsdp2" or not any(spec.trainable for spec in plan.backbones):
+        return 1.0
+    return FLOAT / torch_dtype(choices.dtype).itemsize
