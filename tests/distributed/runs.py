@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,3 +76,50 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether any weight differs."""
     return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def count_bytes_sent(values: dict[str, Any]) -> dict[str, float]:
+    """Bytes that each of two processes sends in the first iteration's stages for weights and for gradients."""
+    counter = Collectives()
+    train(values, progress=counter)
+    return counter.sent
+
+
+class Collectives(Progress):
+    """Counts what the collective operations carry from the first rollout to the end of its update.
+
+    By a ring of N processes an all-gather or reduce-scatter of b bytes sends (N - 1) / N b, an all-reduce twice as many.
+    Small sums (flags, norms, metrics) and the gathering of episodes are left out by their size and operation.
+    """
+
+    SMALL = 1024
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = {"weights": 0.0, "gradients": 0.0}
+        self._on = False
+        self._patch("all_gather_single", "all_gather_into_tensor", kind="weights", whole=0, times=0.5)
+        self._patch("reduce_scatter_single", "reduce_scatter_tensor", kind="gradients", whole=1, times=0.5)
+        self._patch("all_reduce", kind="gradients", whole=0, times=1.0)
+
+    def stage(self, name: str) -> None:
+        self._on = name in ("rollout", "scoring", "update")
+
+    def iteration(self, record: Any) -> None:
+        self._on = False
+
+    def _patch(self, *names: str, kind: str, whole: int, times: float) -> None:
+        for name in names:
+            original = getattr(dist, name, None)
+            if original is not None:
+                setattr(dist, name, self._counted(original, kind, whole, times))
+
+    def _counted(self, original: Any, kind: str, whole: int, times: float) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            tensors = [t for t in (*arguments, *options.values()) if isinstance(t, Tensor)]
+            size = max(tensor.nbytes for tensor in tensors) if whole else tensors[0].nbytes
+            if self._on and size >= self.SMALL:
+                self.sent[kind] += times * size
+            return original(*arguments, **options)
+
+        return call

@@ -88,6 +88,7 @@ def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
         "plan",
         "roles",
         "search",
+        "traffic",
         "version",
         "workload",
     ]
@@ -238,3 +239,51 @@ def test_wrong_arguments(tmp_path: Path, hollow: Any, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert plan(tmp_path, values, "--memory", "24 gigs") == 2
     assert "24 gigs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({}, ("--processes", "3"), "rollout.batch_size=64 cannot be cut into ppo.minibatches=1"),
+        ({"distributed.engine": "none"}, ("--processes", "2"), "distributed.engine=none is for one process"),
+        ({"models.freeze_layers": 1}, ("--processes", "2", "--engine", "zero3"), "models.freeze_layers=1 lets two"),
+        ({"ppo.optimizer": {"name": "adamw8bit"}}, ("--processes", "2"), "distributed.engine=fsdp2 cannot cut"),
+    ],
+)
+def test_what_several_processes_cannot_do(
+    tmp_path: Path, hollow: Any, capsys: Any, changes: dict[str, Any], arguments: tuple[str, ...], words: str
+) -> None:
+    values = hollow(SMALL, **changes)
+    capsys.readouterr()
+    assert plan(tmp_path, values, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("quartet: ")
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+def test_automatic_engine_is_that_of_training(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    for lora, engine in ((None, "fsdp2"), ({"r": 4}, "ddp")):
+        values = hollow(SMALL, **{"models.lora": lora})
+        capsys.readouterr()
+        assert plan(tmp_path, values, "--processes", "2", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["choices"]["engine"] == engine
+
+
+def test_gathering_for_the_rollout_is_decided_by_the_memory(tmp_path: Path, hollow: Any, capsys: Any) -> None:
+    """Whole where the policy takes at most half of what is left after loading."""
+    many = ("--processes", "4", "--engine", "fsdp2")
+    values = hollow(SMALL)
+    capsys.readouterr()
+    plan(tmp_path, values, *many)
+    assert "assumed: the whole policy fits" in capsys.readouterr().out
+    plan(tmp_path, values, *many, "--json")
+    first = json.loads(capsys.readouterr().out)
+    assert first["choices"]["gather_for_rollout"] is True
+    policy = first["backbones"][0]["parameters"] * 4
+    for memory, whole in ((2.02 * policy, True), (1.98 * policy, False)):
+        plan(tmp_path, values, *many, "--json", "--memory", str(round(first["phases"]["load"]["peak"] + memory)))
+        assert json.loads(capsys.readouterr().out)["choices"]["gather_for_rollout"] is whole
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["plan", str(tmp_path / "run.yaml"), "distributed.gather_for_rollout=false", *many]) == 0
+    assert "assumed" not in capsys.readouterr().out

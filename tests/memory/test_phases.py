@@ -20,7 +20,7 @@ from quartet.memory.trace import MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.plan import Source, make_plan
 
-WORKLOAD = Workload(10, 6, 8, 1, False, 1.0, 1.0)
+WORKLOAD = Workload(10, 6, 8, 1, 1, False, 1.0, 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def test_a_run_shows_its_prediction_and_keeps_it_beside_the_measured_peaks(tiny_
     (run / "checkpoints" / "step-000002").rename(run / "gone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_account, "predict", refuse)
-        patch.setattr(memory_account, "free_memory", lambda _: 1)
+        patch.setattr(memory_account, "free_memory", lambda *_: 1)
         progress, text = log()
         assert resume(run, progress=progress) == run
     assert "predicted" not in text.getvalue()
@@ -126,7 +126,7 @@ def test_a_run_shows_its_prediction_and_keeps_it_beside_the_measured_peaks(tiny_
 def test_what_does_not_fit_is_refused_unless_forced(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory_account, "free_memory", lambda _: MIB)
+    monkeypatch.setattr(memory_account, "free_memory", lambda *_: MIB)
     values = tiny_run(**{"run.eval_every": 0})
     with pytest.raises(
         ConfigError, match=r"predicted to need .* and cpu has 1\.00 MiB free; .*--memory 1MiB .*--force"

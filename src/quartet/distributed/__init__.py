@@ -1,8 +1,28 @@
 """Processes: the only place that knows whether there is one or many."""
 
-from quartet.distributed.choose import engine_name
+from quartet.distributed.choose import (
+    CUTTING,
+    SHARING_STATE,
+    Travel,
+    engine_name,
+    gathers_for_rollout,
+    refuse_impossible,
+)
 from quartet.distributed.engine import ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
 from quartet.distributed.launch import joined
 from quartet.distributed.pieces import Piece
 
-__all__ = ["Piece", "ProcessEngine", "SingleProcess", "WeightKeeper", "WholeWeights", "engine_name", "joined"]
+__all__ = [
+    "CUTTING",
+    "SHARING_STATE",
+    "Piece",
+    "ProcessEngine",
+    "SingleProcess",
+    "Travel",
+    "WeightKeeper",
+    "WholeWeights",
+    "engine_name",
+    "gathers_for_rollout",
+    "joined",
+    "refuse_impossible",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from quartet.config import Config
@@ -11,6 +12,25 @@ CUTTING = ("zero3", "fsdp2")
 """Engines under which a process holds only its share of the weights."""
 SHARING_STATE = ("zero2", *CUTTING)
 """Engines under which a process holds only its share of the optimizer's state."""
+GATHER_SHARE = 0.5
+"""`gather_for_rollout: auto` takes at most this share of the memory that is free after loading."""
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How much travels at once."""
+
+    bucket: int
+    """DeepSpeed: gradients that are summed together, in a buffer that stays; its own default would be 2 GB in float32."""
+    ahead: int
+    """ZeRO-3: weights that are fetched while others compute."""
+    ddp_bucket: int = 25 << 20
+    """ddp: bytes of gradients that are summed together."""
+
+    @staticmethod
+    def of(*, cuda: bool) -> Travel:
+        """On a CPU small buffers do as well, and nothing computes while others travel."""
+        return Travel(50_000_000, 50_000_000) if cuda else Travel(4_000_000, 0)
 
 
 def engine_name(config: Config, world_size: int) -> str:
@@ -22,6 +42,32 @@ def engine_name(config: Config, world_size: int) -> str:
     if world_size == 1:
         return "none"
     return "ddp" if config.models.lora is not None else "fsdp2"
+
+
+def gathers_for_rollout(wanted: str | bool, whole_bytes: float, free: float | None) -> bool:
+    """What `distributed.gather_for_rollout` means: whether a process holds the whole policy while it generates.
+
+    Args:
+        wanted: auto, True or False.
+        whole_bytes: of the policy's backbone in the computation's dtype.
+        free: bytes that this process can still take after loading; None where unknown, which counts as enough.
+    """
+    if wanted == "auto":
+        return free is None or whole_bytes <= GATHER_SHARE * free
+    return wanted is True
+
+
+def refuse_not_installed(name: str) -> None:
+    """Check that the engine's library is there.
+
+    Raises:
+        ConfigError: it is not; says how to install it.
+    """
+    if name in ("zero2", "zero3") and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"distributed.engine={name} needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or use "
+            "distributed.engine=fsdp2"
+        )
 
 
 def refuse_impossible(config: Config, name: str, world_size: int) -> None:
@@ -39,11 +85,6 @@ def refuse_impossible(config: Config, name: str, world_size: int) -> None:
         raise ConfigError(
             f"rollout.batch_size={count} cannot be cut into ppo.minibatches={minibatches} of as many episodes for each of "
             f"{world_size} processes; use a multiple of {minibatches * world_size}"
-        )
-    if name in ("zero2", "zero3") and find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"distributed.engine={name} needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or use "
-            "distributed.engine=fsdp2"
         )
     if name in CUTTING and config.models.quantization is not None:
         raise ConfigError(

@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quartet.distributed.choose import Travel
 from quartet.distributed.group import ProcessGroup
-
-BUCKET_BYTES = 25 << 20
-"""Gradients that travel together."""
 
 
 class DataParallel(ProcessGroup):
@@ -59,7 +57,7 @@ class Buckets:
         self._bucket_of: dict[Tensor, int] = {p: number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._left: list[int] = []
         self._next = 0
-        self._flying: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = []
+        self._flying: list[dist.Work] = []
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -74,11 +72,8 @@ class Buckets:
             return
         while self._next < len(self._buckets):  # weights that this microbatch did not reach
             self._leave()
-        for work, flat, bucket in self._flying:
+        for work in self._flying:
             work.wait()
-            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                assert parameter.grad is not None
-                parameter.grad.copy_(part.view_as(parameter))
         self._flying.clear()
 
     def _arrived(self, parameter: Tensor) -> None:
@@ -94,17 +89,20 @@ class Buckets:
         flat = torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None])
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
-        self._flying.append((work, flat, bucket))
+        # The gradients are parts of the bucket from here on, so that they exist once.
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._flying.append(work)
         self._next += 1
 
 
 def _cut(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Buckets of up to BUCKET_BYTES, last weights first: their gradients come first."""
+    """Buckets of limited size, last weights first: their gradients come first."""
     buckets: list[list[nn.Parameter]] = []
-    size = 0
+    size, limit = 0, Travel.of(cuda=False).ddp_bucket
     for parameter in reversed(parameters):
         size += parameter.numel() * parameter.element_size()
-        if not buckets or size > BUCKET_BYTES:
+        if not buckets or size > limit:
             buckets.append([])
             size = parameter.numel() * parameter.element_size()
         buckets[-1].append(parameter)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from quartet.distributed.choose import Travel
+
 NOT_HERE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 """What DeepSpeed asks for and Quartet decides by itself."""
 
@@ -27,19 +29,22 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def configuration(stage: int, device: torch.device, dtype: torch.dtype, **zero: Any) -> dict[str, Any]:
+def configuration(stage: int, device: torch.device, **zero: Any) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
         stage: of ZeRO.
         zero: further settings of `zero_optimization`.
     """
+    bucket = Travel.of(cuda=device.type == "cuda").bucket
     return {
         **NOT_HERE,
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
             "overlap_comm": device.type == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             **zero,
         },
         "zero_allow_untested_optimizer": True,

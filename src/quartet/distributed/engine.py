@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 class WeightKeeper(Protocol):
     """Where the weights of one backbone are when they are not needed."""
+
+    are_whole: bool
+    """Whether they stay where they are for now, so that copies of them in another format may stay too."""
 
     def head(self) -> AbstractContextManager[None]:
         """Hold the LM head, which runs after the decoder layers did; closes a forward pass."""
@@ -33,6 +36,10 @@ class WeightKeeper(Protocol):
 class WholeWeights:
     """Weights that are always whole."""
 
+    def __init__(self, *, are_whole: bool = True) -> None:
+        """`are_whole=False` stands for weights that come and go, without moving any."""
+        self.are_whole = are_whole
+
     def head(self) -> AbstractContextManager[None]:
         """Nothing to do."""
         return nullcontext()
@@ -41,9 +48,14 @@ class WholeWeights:
         """Nothing to do."""
         return nullcontext()
 
-    def whole(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         """Nothing to do."""
-        return nullcontext()
+        before, self.are_whole = self.are_whole, True
+        try:
+            yield
+        finally:
+            self.are_whole = before
 
 
 class ProcessEngine(Protocol):

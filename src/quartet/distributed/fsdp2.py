@@ -90,6 +90,8 @@ class FullyShardedDataParallel(ProcessGroup):
 class ShardedWeights:
     """One backbone whose layers, and whose rest, are cut."""
 
+    are_whole = False
+
     def __init__(
         self, module: nn.Module, layers: Sequence[nn.Module], entry: str, mesh: DeviceMesh, dtype: torch.dtype
     ) -> None:
@@ -110,15 +112,8 @@ class ShardedWeights:
         register_fsdp_forward_method(root, entry)
         self._root: FSDPModule = root
         self._layers = [layer for layer in layers if isinstance(layer, FSDPModule)]
-        self._become_root(root)
-
-    @staticmethod
-    def _become_root(root: Any) -> None:
-        """Whichever unit runs first becomes the root for good, and generation begins with a layer."""
-        root.nothing = lambda: None
-        register_fsdp_forward_method(root, "nothing")
-        root.nothing()
-        root.reshard()
+        # Whichever unit runs first becomes the root for good, and generation begins with a layer.
+        root._get_fsdp_state()._lazy_init()
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -145,9 +140,11 @@ class ShardedWeights:
         self._root.set_reshard_after_forward(False)
         for unit in (*self._layers, self._root):
             unit.unshard()
+        self.are_whole = True
         try:
             yield
         finally:
+            self.are_whole = False
             self._root.set_reshard_after_forward(True)
             self._root.set_reshard_after_forward(False, recurse=False)
             for unit in (*self._layers, self._root):

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from quartet.config import Config
-from quartet.distributed.choose import engine_name, refuse_impossible
+from quartet.distributed.choose import engine_name, refuse_impossible, refuse_not_installed
 from quartet.distributed.engine import ProcessEngine, SingleProcess
 from quartet.errors import ConfigError, QuartetError, TrainingError
 
@@ -74,6 +74,7 @@ def joined(config: Config) -> Iterator[ProcessEngine]:
     here = place()
     name = engine_name(config, here.world_size)
     refuse_impossible(config, name, here.world_size)
+    refuse_not_installed(name)
     if name == "none":
         yield SingleProcess()
         return

@@ -27,6 +27,14 @@ class TrainedAlone(nn.Module):
         return trained(*arguments, **options)
 
 
+def share_masters(masters: list[Tensor], computing: list[Tensor]) -> None:
+    """Let the optimizer move the weights that compute: DeepSpeed gives it a copy of its share, which mixed precision needs,
+    and trained weights are float32 here."""
+    for master, weights in zip(masters, computing, strict=True):
+        assert master.dtype == weights.dtype
+        master.data = weights.data
+
+
 class ZeroEngine(ProcessGroup):
     """What the stages of ZeRO have in common: backward and step are DeepSpeed's."""
 
@@ -69,9 +77,17 @@ class Zero2(ZeroEngine):
         self._engine, *_ = self._deepspeed.initialize(
             model=TrainedAlone(trained, parameters),
             optimizer=optimizer,
-            config=configuration(2, self._device, torch.float32),
+            config=configuration(2, self._device),
             dist_init_required=False,
         )
+        zero = self._engine.optimizer
+        shares = [parts[self.rank] for parts in zero.parallel_partitioned_bit16_groups]
+        share_masters(zero.single_partition_of_fp32_groups, shares)
+        for parameter in parameters:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # a view, which would keep the copy
+                place, flat = mapping.get_hp_fragment_address(), shares[mapping.param_group_index]
+                mapping.hp_fragment = flat.narrow(0, place.start, place.numel)
         result: nn.Module = self._engine
         return result
 

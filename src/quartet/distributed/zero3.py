@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quartet.distributed.choose import Travel
 from quartet.distributed.deepspeed_setup import configuration
 from quartet.distributed.engine import WeightKeeper
 from quartet.distributed.pieces import MOMENTS, Piece
-from quartet.distributed.zero2 import ZeroEngine
+from quartet.distributed.zero2 import ZeroEngine, share_masters
 
 HELD = -1
 """Among the modules that DeepSpeed counts as using a weight: a holder of ours."""
@@ -28,8 +29,14 @@ class Zero3(ZeroEngine):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._kept: list[tuple[nn.Module, Zero3Weights]] = []
+        travel = Travel.of(cuda=device.type == "cuda")
         self._configuration = configuration(
-            3, device, torch.float32, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0
+            3,
+            device,
+            sub_group_size=travel.bucket,  # what is stepped together, with temporary gradients of that size
+            stage3_param_persistence_threshold=0,
+            stage3_max_reuse_distance=0,
+            stage3_prefetch_bucket_size=travel.ahead,
         )
 
     def keep(
@@ -42,22 +49,26 @@ class Zero3(ZeroEngine):
         device: torch.device,
         dtype: torch.dtype,
     ) -> WeightKeeper:
-        """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
-        self._deepspeed.zero.Init(
-            module=module, config_dict_or_path=self._configuration, mem_efficient_linear=False, dtype=torch.float32
-        )
+        """The weights are cut in `prepare`; up to there they lie in mapped files."""
         keeper = Zero3Weights(module, [p for part in head for p in part.parameters()])
         self._kept.append((module, keeper))
         return keeper
 
     def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Give policy and value to DeepSpeed, then the frozen rest."""
-        self._engine = self._initialized(model=trained, optimizer=optimizer)
+        """Cut policy and value and give them to DeepSpeed, then the frozen rest: DeepSpeed copies what is trained twice on
+        the way, and by then nothing else is to be in memory."""
         inside = set(trained.modules())
+        trained_ones = [(module, keeper) for module, keeper in self._kept if module in inside]
+        for module, _ in trained_ones:
+            self._cut(module)
+        self._engine = self._initialized(model=trained, optimizer=optimizer)
+        zero = self._engine.optimizer
+        share_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
+        for _, keeper in trained_ones:
+            keeper.hooks = zero.parameter_offload
         for module, keeper in self._kept:
-            if module in inside:
-                keeper.hooks = self._engine.optimizer.parameter_offload
-            else:
+            if module not in inside:
+                self._cut(module)
                 keeper.hooks = self._initialized(model=module).optimizer
         result: nn.Module = self._engine
         return result
@@ -87,11 +98,13 @@ class Zero3(ZeroEngine):
         return Piece(start, start + count, parts, state["step"], True)
 
     def restored(self) -> None:
-        """Bring the weights that compute up to date with the optimizer's."""
-        zero: Any = self._engine.optimizer
-        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
-            zero._unflatten_partitioned_parameters(number)
+        """Nothing to do: the optimizer's shares are those that compute."""
+
+    def _cut(self, module: nn.Module) -> None:
+        """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
+        self._deepspeed.zero.Init(
+            module=module, config_dict_or_path=self._configuration, mem_efficient_linear=False, dtype=torch.float32
+        )
 
     def _initialized(self, **options: Any) -> Any:
         engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
@@ -100,6 +113,8 @@ class Zero3(ZeroEngine):
 
 class Zero3Weights:
     """One backbone whose weights are cut. DeepSpeed's hooks fetch a module's weights before it runs and give them back."""
+
+    are_whole = False
 
     def __init__(self, module: nn.Module, head: list[nn.Parameter]) -> None:
         self.hooks: Any = None
@@ -126,9 +141,11 @@ class Zero3Weights:
             for handle in (*hooks.forward_hooks, *hooks.backward_hooks):
                 handle.remove()
             hooks.forward_hooks, hooks.backward_hooks = [], []
+            self.are_whole = True
             try:
                 yield
             finally:
+                self.are_whole = False
                 hooks._register_deepspeed_module(hooks.module)
 
     @contextmanager

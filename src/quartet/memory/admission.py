@@ -24,19 +24,22 @@ def predict(
     longest_prompt: int,
     world_size: int = 1,
     engine: str | None = None,
+    free: int | None = None,
 ) -> Estimate:
     """The estimate of a run that is about to start, for one process.
 
     Args:
         longest_prompt: tokens.
         world_size, engine: processes and what shares the work between them, as `choices_of`.
+        free: bytes for one process before loading; None where unknown.
 
     Raises:
         NotTraceable: a family whose code needs data and not only shapes.
         ConfigError, CheckpointError: as loading.
     """
     estimator = estimator_for(config, sft, reward, longest_prompt=longest_prompt)
-    return estimator.estimate(plan, choices_of(config, estimator.device, world_size=world_size, engine=engine))
+    choices = choices_of(config, estimator.device, world_size=world_size, engine=engine)
+    return estimator.estimate(plan, choices, free)
 
 
 def refuse_too_large(estimate: Estimate, free: int | None, *, force: bool = False) -> None:

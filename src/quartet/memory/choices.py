@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from quartet.config import Config, LoraConfig
+from quartet.distributed import CUTTING, engine_name
 from quartet.models.precision import resolve_dtype
 
 DtypeName = Literal["float32", "bfloat16"]
@@ -32,8 +33,8 @@ class Choices:
     world_size: int = 1
     engine: str = "none"
     """none, ddp, zero2, zero3 or fsdp2."""
-    gather_for_rollout: bool = False
-    """Whether each process holds the whole policy while it generates."""
+    gather_for_rollout: bool | Literal["auto"] = False
+    """Whether each process holds the whole policy while it generates. An estimate has auto decided."""
     rollout_engine: str = "auto"
     optimizer: str = "adamw"
 
@@ -48,6 +49,7 @@ class Workload:
     batch_size: int
     """Episodes per iteration, all processes together."""
     minibatches: int
+    epochs: int
     entropy_gradient: bool
     top_p: float
     temperature: float
@@ -82,10 +84,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         engine: overrides `distributed.engine`.
     """
     models = config.models
-    distributed: Any = getattr(config, "distributed", None)
-    chosen = engine or str(getattr(distributed, "engine", "none"))
-    if chosen == "auto":
-        chosen = "ddp" if world_size > 1 else "none"
+    chosen = engine or engine_name(config, world_size)
     return Choices(
         sharing=models.sharing,
         lora=models.lora,
@@ -98,7 +97,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         freeze_layers=models.freeze_layers,
         world_size=world_size,
         engine=chosen,
-        gather_for_rollout=getattr(distributed, "gather_for_rollout", False) is True,
+        gather_for_rollout=chosen in CUTTING and config.distributed.gather_for_rollout,
         rollout_engine=config.rollout.engine,
         optimizer=config.ppo.optimizer.name,
     )
@@ -116,6 +115,7 @@ def workload_of(config: Config, longest_prompt: int | None = None) -> Workload:
         response_length=config.rollout.response_length,
         batch_size=config.rollout.batch_size,
         minibatches=config.ppo.minibatches,
+        epochs=config.ppo.epochs,
         entropy_gradient=config.ppo.entropy_coef > 0,
         top_p=config.rollout.top_p,
         temperature=config.rollout.temperature,

@@ -9,6 +9,7 @@ import sys
 from rich.console import Console
 
 from quartet.config import load_config
+from quartet.distributed import engine_name, refuse_impossible
 from quartet.memory.choices import choices_of
 from quartet.memory.estimate import estimator_for
 from quartet.memory.report import as_dict, search_dict, show, show_search
@@ -31,10 +32,11 @@ def run_plan(options: argparse.Namespace) -> int:
     """
     config = load_config(options.config, options.overrides)
     memory = None if options.memory is None else parse_bytes(options.memory)
+    refuse_impossible(config, options.engine or engine_name(config, options.processes), options.processes)
     estimator = estimator_for(config)
     plan = plan_for(config.models, estimator.sft, estimator.reward)
     given = {"world_size": options.processes, "engine": options.engine}
-    estimate = estimator.estimate(plan, choices_of(config, estimator.device, **given))
+    estimate = estimator.estimate(plan, choices_of(config, estimator.device, **given), memory)
     found = None if memory is None else search(config, estimator, memory, **given)
     if options.json:
         result = as_dict(estimate)
@@ -47,6 +49,8 @@ def run_plan(options: argparse.Namespace) -> int:
         # Into a file or a pipe the tables take the room they need.
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         show(estimate, console)
+        if memory is None and config.distributed.gather_for_rollout == "auto" and estimate.choices.gather_for_rollout:
+            console.print("assumed: the whole policy fits beside the rest while it generates; --memory SIZE decides it")
         if found is not None and memory is not None:
             show_search(found, memory, console)
     return 0 if found is None or found.chosen is not None else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from quartet.rollout.static_decoder import Decoder, generating, rounded
 
 def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
     """Run what the chosen engine runs; `auto` is the preallocated cache where it can drive the model."""
+    with roles.policy.backbone.weights.whole() if choices.gather_for_rollout else nullcontext():
+        _decoding(trace, roles, choices, workload)
+
+
+def _decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
     rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
     decoder = None
     if choices.rollout_engine != "dynamic":

@@ -8,19 +8,30 @@ from dataclasses import dataclass, replace
 import torch
 
 from quartet.config import Config, LoraConfig
+from quartet.distributed import CUTTING, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
-from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, RoleBytes
+from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
+from quartet.memory.sharding import (
+    FLOAT,
+    Pieces,
+    extra_bytes,
+    gradient_shards,
+    loading_bytes,
+    pieces_of,
+    resting_gradients,
+    shards,
+    widened,
+)
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
+from quartet.memory.traffic import traffic, travel_bytes
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import ROLES, BackboneSpec, Role, SharingPlan, Task
 
-FLOAT = 4
-"""Bytes of a float32: trained weights, adapters, heads, gradients and Adam's moments."""
 LIBRARIES = 24 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
 imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
@@ -49,16 +60,37 @@ class Estimator:
         self._adapters: dict[tuple[str, str, LoraConfig | None], TensorSizes] = {}
         self._simulator = Simulator(sft, reward, workload)
 
-    def estimate(self, plan: SharingPlan, choices: Choices) -> Estimate:
+    def estimate(self, plan: SharingPlan, choices: Choices, free: float | None = None) -> Estimate:
         """Predict one plan under one set of choices.
+
+        Args:
+            free: bytes for one process before loading, as far as they are known; decides `gather_for_rollout: auto`.
 
         Raises:
             CheckpointError: a checkpoint whose model cannot be built from its configuration.
             ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers).
         """
         ledger = self.ledger(plan, choices)
+        choices = self.decided(plan, choices, ledger, free)
         phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
-        return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases)
+        carried = self._traffic(plan, choices, ledger)
+        return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases, carried)
+
+    def _traffic(self, plan: SharingPlan, choices: Choices, ledger: Ledger) -> tuple[PhaseTraffic, ...]:
+        """What the network carries."""
+        found = {
+            spec.name: travel_bytes(spec, self._shape(spec.task, 0), self._whole(spec, choices), choices)
+            for spec in plan.backbones
+        }
+        trained = FLOAT * sum(role.trained_parameters for role in ledger.roles)
+        return traffic(plan, choices, self.workload, found, trained)
+
+    def decided(self, plan: SharingPlan, choices: Choices, ledger: Ledger, free: float | None) -> Choices:
+        """The choices with `gather_for_rollout: auto` decided as a run decides it; with `free` unknown, it gathers."""
+        spec = next(spec for spec in plan.backbones if spec.name == plan.view("policy").backbone)
+        whole = self._whole(spec, choices) * torch_dtype(choices.dtype).itemsize
+        left = None if free is None else free - ledger.load.peak
+        return replace(choices, gather_for_rollout=gathers_for_rollout(choices.gather_for_rollout, whole, left))
 
     def ledger(self, plan: SharingPlan, choices: Choices) -> Ledger:
         """What is in memory for the whole run."""
@@ -67,7 +99,9 @@ class Estimator:
         heads = sum(role.head for role in roles if role.role in ("value", "reward"))
         after_load = sum(fresh for _, fresh in weights) + heads
         on_cpu = self.device.type == "cpu"
-        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, 0, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
+        trained = sum(role.gradients for role in roles)  # as many bytes as the weights
+        extra = loading_bytes(choices, trained, after_load - trained, cuda=not on_cpu)
+        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
         backbones = tuple(backbone for backbone, _ in weights)
         return Ledger(backbones, roles, heads, LIBRARIES if on_cpu else 0, load)
 
@@ -79,12 +113,14 @@ class Estimator:
         return replace(
             fixed,
             weights=fixed.weights - self._away(name, plan, choices, ledger),
-            gradients=work.held[GRADIENTS] / gradient_shards(choices) if name == "update" else fixed.gradients,
+            gradients=work.held[GRADIENTS] * widened(choices, plan) / gradient_shards(choices)
+            if name == "update"
+            else resting_gradients(choices, fixed.gradients),
             activations=work.held[ACTIVATIONS],
             kv_cache=work.held[CACHE],
             logits=work.held[LOGITS],
             trunk_states=0 if name == "rollout" else self._trunk_states(plan, choices),
-            gathered=self._gathered(name, plan, choices),
+            gathered=extra_bytes(name, choices, self._pieces(plan, choices), cuda=self.device.type == "cuda"),
             libraries=fixed.libraries + self._kernels(plan, choices),
             at=work.at,
         )
@@ -116,7 +152,7 @@ class Estimator:
     def _backbone(self, plan: SharingPlan, spec: BackboneSpec, choices: Choices) -> tuple[BackboneBytes, float]:
         """Its bytes, and how many of them are in memory (CPU: not mapped) before the first optimizer step."""
         shape = self._shape(spec.task, self._owner(plan, spec).frozen_layers)
-        size = self._sizes(spec, shape, choices)
+        size = self._in_process(self._sizes(spec, shape, choices), spec, choices)
         share = shards(choices)
         adapters = FLOAT * sum(self._adapter(spec, a.name, choices).parameters for a in spec.adapters) / share
         found = BackboneBytes(
@@ -130,6 +166,14 @@ class Estimator:
             adapters=adapters,
         )
         return found, (size.weights - size.mapped_at_first) / share + adapters
+
+    def _in_process(self, size: _WeightBytes, spec: BackboneSpec, choices: Choices) -> _WeightBytes:
+        """A share of a mapped weight is a copy; ddp and zero2 write to what is trained before the first step does."""
+        if choices.engine in CUTTING:
+            return replace(size, mapped=0, mapped_at_first=0)
+        if spec.trainable and (choices.engine == "zero2" or choices.world_size > 1):
+            return replace(size, mapped_at_first=size.mapped)
+        return size
 
     def _sizes(self, spec: BackboneSpec, shape: BackboneShape, choices: Choices) -> _WeightBytes:
         dtype, info = torch_dtype(choices.dtype), self._info(spec)
@@ -220,16 +264,17 @@ class Estimator:
         used = {plan.view(role).backbone for role in users[phase]}
         return sum(count for name, count in frozen.items() if name not in used)
 
-    def _gathered(self, phase: str, plan: SharingPlan, choices: Choices) -> float:
-        """Sharded engines: the layer that runs and the one that is fetched ahead are whole; so is the policy that
-        generates, if asked for."""
-        if shards(choices) == 1:
-            return 0
-        shapes = {spec.name: self._shape(spec.task, 0) for spec in plan.backbones}
-        width = torch_dtype(choices.dtype).itemsize
-        if phase == "rollout" and choices.gather_for_rollout:
-            return shapes[plan.view("policy").backbone].parameters * width * (1 - 1 / choices.world_size)
-        return 2 * max(shape.largest_layer for shape in shapes.values()) * width
+    def _pieces(self, plan: SharingPlan, choices: Choices) -> Pieces:
+        """What several processes depend on."""
+        shapes = {spec: self._shape(spec.task, self._owner(plan, spec).frozen_layers) for spec in plan.backbones}
+        adapters = [self._adapter(spec, a.name, choices) for spec in shapes for a in spec.adapters if a.trainable]
+        policy = next(spec for spec in plan.backbones if spec.name == plan.view("policy").backbone)
+        return pieces_of(shapes, adapters, self._whole(policy, choices), choices)
+
+    def _whole(self, spec: BackboneSpec, choices: Choices) -> int:
+        """Numbers of a backbone, adapters included."""
+        adapters = sum(self._adapter(spec, adapter.name, choices).parameters for adapter in spec.adapters)
+        return self._shape(spec.task, 0).parameters + adapters
 
 
 def estimator_for(
@@ -249,13 +294,3 @@ def estimator_for(
     sft = sft or open_checkpoint(models, "sft", headers_only=True)
     reward = reward or open_checkpoint(models, "reward", headers_only=True)
     return Estimator(sft, reward, workload_of(config, longest_prompt), plan_device(models.device))
-
-
-def shards(choices: Choices) -> int:
-    """Into how many processes weights are cut."""
-    return choices.world_size if choices.engine in ("zero3", "fsdp2") else 1
-
-
-def gradient_shards(choices: Choices) -> int:
-    """Into how many processes gradients and optimizer state are cut."""
-    return choices.world_size if choices.engine in ("zero2", "zero3", "fsdp2") else 1

@@ -58,7 +58,7 @@ class PhaseBytes:
     trunk_states: float
     """States after frozen layers that scoring keeps for the update."""
     gathered: float
-    """Weights of layers that are whole for as long as they run (sharded engines)."""
+    """Several processes: weights that are whole while they run, and buffers in which weights and gradients travel."""
     libraries: float
     """What libraries take for themselves on first use (CPU)."""
     at: str
@@ -85,6 +85,22 @@ class PhaseBytes:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseTraffic:
+    """Bytes that each process sends to the others in one phase of an iteration; it receives as many."""
+
+    phase: str
+    weights: float
+    gradients: float
+    episodes: float
+    """Responses with their scores, which all processes get to know."""
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.weights + self.gradients + self.episodes
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The whole prediction, per process."""
@@ -96,6 +112,7 @@ class Estimate:
     backbones: tuple[BackboneBytes, ...]
     roles: tuple[RoleBytes, ...]
     phases: tuple[PhaseBytes, ...]
+    traffic: tuple[PhaseTraffic, ...]
 
     @property
     def peak(self) -> PhaseBytes:

@@ -14,8 +14,11 @@ _UNLIMITED = 1 << 60
 """Control groups of version 1 write a number near 2**63 for no limit."""
 
 
-def free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device, processes_here: int = 1) -> int | None:
     """Bytes free on the GPU, or in host memory within the limits of the process's control groups.
+
+    Args:
+        processes_here: processes of the run on this machine, each of which gets its share of the host's memory.
 
     On a GPU, what torch holds unused counts as free. In a control group, so do pages of files, which the kernel drops
     when memory is asked for.
@@ -28,7 +31,8 @@ def free_memory(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(_MEMINFO), flags=re.MULTILINE)
     known = [] if found is None else [int(found[1]) * 1024]
-    return min(known + _left_in_groups(), default=None)
+    left = min(known + _left_in_groups(), default=None)
+    return None if left is None else left // processes_here
 
 
 def _left_in_groups() -> list[int]:

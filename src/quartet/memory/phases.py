@@ -21,6 +21,8 @@ from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
 
+TOGETHER = ("zero2", "zero3")
+"""Engines under which policy and value are one module with one backward pass."""
 PHASES = ("rollout", "scoring", "update")
 
 
@@ -129,7 +131,8 @@ def _quiet() -> Iterator[None]:
 
 def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
     """All that the small models depend on."""
-    return plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization, choices.rollout_engine
+    models = plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization
+    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
@@ -161,12 +164,13 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     sequences = replace(plain, trunks=_trunk_blocks(roles, rows, workload.longest))
-    for role in ("policy",) if roles.trained.one_pass else ("policy", "value"):
+    one_pass = roles.trained.one_pass or choices.engine in TOGETHER
+    for role in ("both",) if one_pass else ("policy", "value"):
         trace.stage = "forward"
-        trace.enter(f"{role} embeddings")
+        trace.enter(f"{'policy' if one_pass else role} embeddings")
         loss = _loss(roles, role, sequences, plain.mask(), workload)
         trace.stage = "backward"
-        trace.enter(f"{role} start")
+        trace.enter(f"{'policy' if one_pass else role} start")
         loss.backward()
         del loss
     for handle in handles:
@@ -183,7 +187,7 @@ def _loss(roles: Roles, role: str, sequences: Sequences, mask: Tensor, workload:
     }
     if role == "value":
         return torch.as_tensor(trained.value(sequences, mask).sum())
-    if trained.one_pass:
+    if role == "both":
         logprobs, entropy, values = trained(sequences, mask, mask, **wanted)
         loss = logprobs.sum() + values.sum()
     else:

@@ -47,6 +47,7 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         "backbones": [asdict(backbone) for backbone in estimate.backbones],
         "roles": [asdict(role) for role in estimate.roles],
         "phases": {phase.phase: phase_dict(phase) for phase in estimate.phases},
+        "traffic": {one.phase: {**asdict(one), "total": one.total} for one in estimate.traffic},
         "peak": {"phase": estimate.peak.phase, "bytes": estimate.peak.peak, "at": estimate.peak.at},
     }
 
@@ -85,6 +86,8 @@ def show(estimate: Estimate, console: Console) -> None:
     where = "anonymous memory beside that of the libraries" if estimate.device == "cpu" else "memory of the GPU"
     console.print(Text(f"plan: {estimate.plan.name}; {where}{_each(estimate)}", style="bold"))
     console.print(Group(_backbones(estimate), _roles(estimate), _phases(estimate)))
+    if estimate.choices.world_size > 1:
+        console.print(_traffic(estimate))
     peak = estimate.peak
     console.print(f"peak: [bold]{format_bytes(peak.peak)}[/bold] in the {peak.phase} phase ({peak.at})")
 
@@ -217,6 +220,17 @@ def _phases(estimate: Estimate, *, short: bool = False) -> Table:
         parts = phase.parts()
         sizes = [format_bytes(parts[name]) for name in names]
         table.add_row(phase.phase, *sizes, format_bytes(phase.peak), _bar(parts, estimate.peak.peak), phase.at)
+    return table
+
+
+def _traffic(estimate: Estimate) -> Table:
+    table = Table(title="network: each process sends, and receives as much, in an iteration", title_justify="left")
+    table.add_column("phase")
+    for name in ("weights", "gradients", "episodes", "all"):
+        table.add_column(name, justify="right")
+    for one in estimate.traffic:
+        sizes = (one.weights, one.gradients, one.episodes, one.total)
+        table.add_row(one.phase, *(format_bytes(size) for size in sizes))
     return table
 
 

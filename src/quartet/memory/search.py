@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quartet.config import Config, parse_config
+from quartet.distributed import engine_name, refuse_impossible
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import Estimator
@@ -162,6 +163,7 @@ class _Trial:
         """None for a combination that the configuration or the checkpoints do not allow."""
         try:
             config = changed(config, change)
+            refuse_impossible(config, self._engine or engine_name(config, self._world_size), self._world_size)
         except ConfigError:
             return None
         plan, choices = self._plan(config), self._choices(config)
@@ -171,7 +173,7 @@ class _Trial:
         if exceeded is not None:
             return Candidate(change, cost, config, exceeded, None, at_fewest=True)
         exceeded = self._exceeded(plan, choices)
-        estimate = self._estimator.estimate(plan, choices) if exceeded is None else None
+        estimate = self._estimator.estimate(plan, choices, self._memory) if exceeded is None else None
         return Candidate(change, cost, config, exceeded, estimate)
 
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
@@ -180,7 +182,7 @@ class _Trial:
         for candidate in candidates:
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
             if plan is not None and choices == _fewest(choices):
-                found.append((self._estimator.estimate(plan, choices).peak, candidate.change))
+                found.append((self._estimator.estimate(plan, choices, self._memory).peak, candidate.change))
         return min(found, key=lambda item: item[0].peak)
 
     def _plan(self, config: Config) -> SharingPlan | None:
@@ -207,6 +209,7 @@ class _Trial:
         for phase in (ledger.fixed("every phase"), ledger.load):
             if phase.peak > self._memory:
                 return phase
+        choices = self._estimator.decided(plan, choices, ledger, self._memory)
         # The update first: it needs most nearly always.
         for name in reversed(PHASES):
             phase = self._estimator.phase(name, plan, choices, ledger)

@@ -40,6 +40,8 @@ class BackboneShape:
     hidden: int
     largest_layer: int
     """Parameters of the largest decoder layer."""
+    outside: int
+    """Parameters outside of the decoder layers."""
     period: int
     """The layers repeat after this many; `layers` where they do not repeat."""
 
@@ -123,6 +125,7 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
         and name.endswith(".weight")
         and type(modules[name.removesuffix(".weight")]).__name__ in ("Linear", "Conv1D")
     }
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
     return BackboneShape(
         tensors=tensors,
         head=frozenset(name for name in tensors if not name.startswith(prefix)),
@@ -133,6 +136,7 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
         layers=len(layers),
         hidden=hidden_size(info),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        outside=sum(p.numel() for p in model.parameters() if id(p) not in in_layers),
         period=_period(layers, info.config),
     )
 

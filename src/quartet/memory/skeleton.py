@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quartet.config import LoraConfig
+from quartet.distributed import CUTTING, WholeWeights
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.quantized import quantize
 from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
@@ -83,19 +84,26 @@ def fake_roles(
             continue
         info = sft if spec.task == "language_model" else reward
         with torch.device("meta"):
-            model = empty_model(info, spec.task, depth=depth, dtype=torch.float32 if spec.trainable else dtype)
+            model = empty_model(info, spec.task, depth=depth, dtype=_held(spec, choices))
             if choices.quantization is not None and not spec.trainable:
                 quantize(model, choices.quantization)
             for adapter in spec.adapters:
                 adapters.attach_fresh(model, adapter.name, _lora(adapter, choices, by_source[adapter.name]), seed=0)
         _to_fake(model, mode)
         backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
+        backbones[spec.name].weights = WholeWeights(are_whole=choices.engine not in CUTTING)
     on_policy = plan.view("value").backbone == plan.view("policy").backbone
     with mode:
         score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")
         value = ScalarHead(torch.empty(hidden_size(sft if on_policy else reward)), "score.weight")
     score.requires_grad_(False)
     return _views(plan, backbones, score, value, Residency())
+
+
+def _held(spec: BackboneSpec, choices: Choices) -> torch.dtype:
+    """The dtype in which a backbone's weights are there when they compute; fsdp2 converts them before they travel."""
+    dtype = torch_dtype(choices.dtype)
+    return torch.float32 if spec.trainable and choices.engine != "fsdp2" else dtype
 
 
 def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int, mode: Any) -> Backbone:

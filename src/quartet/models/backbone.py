@@ -60,7 +60,7 @@ class Backbone(nn.Module):
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to the computation dtype."""
-        return autocast(self.device, self.dtype)
+        return autocast(self.device, self.dtype, keeping=self.weights.are_whole)
 
     @contextmanager
     def role(self, adapter: str | None) -> Iterator[None]:

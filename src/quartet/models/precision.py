@@ -29,11 +29,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast to `dtype`; nothing for float32."""
+def autocast(device: torch.device, dtype: torch.dtype, *, keeping: bool = True) -> AbstractContextManager[object]:
+    """Autocast to `dtype`; nothing for float32.
+
+    Args:
+        keeping: with gradients, keep what was converted until the end.
+    """
     if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=torch.is_grad_enabled())
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=keeping and torch.is_grad_enabled())
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ class ShardedRollout:
     ) -> None:
         """`make` makes the engine that generates; it may run forward passes, as many in every process."""
         self._policy, self._processes, self._gather = policy, processes, gather
-        with torch.no_grad(), self._weights():
+        with torch.no_grad(), policy.backbone.weights.head():  # not whole: loading is not to hold a whole model
             self._inner = make()
 
     @torch.no_grad()

@@ -79,15 +79,20 @@ def generating(policy: LanguageView) -> Iterator[None]:
 
     In evaluation mode: in training mode, gradient checkpointing takes the cache away unasked. What autocast converts is
     kept until the end; it must not outlive it, since a copy made without gradients would swallow the next backward's.
+    Of weights that come and go nothing is kept: it would be a second policy in memory.
     """
     backbone = policy.backbone
     model, dtype = backbone.model, backbone.dtype
     training = [module for module in model.modules() if module.training]
     lower = dtype != torch.float32
-    keeping = torch.autocast(backbone.device.type, dtype=dtype, cache_enabled=True) if lower else nullcontext()
+    whole = backbone.weights.are_whole
+    keeping = (
+        torch.autocast(backbone.device.type, dtype=dtype, cache_enabled=True) if lower and whole else nullcontext()
+    )
+    faster = fast_linears(model, dtype, policy.adapter) if whole else nullcontext()
     try:
         model.eval()
-        with torch.no_grad(), policy.active(), keeping, fast_linears(model, dtype, policy.adapter):
+        with torch.no_grad(), policy.active(), keeping, faster:
             yield
     finally:
         torch.clear_autocast_cache()

@@ -56,8 +56,9 @@ class MemoryAccount:
             ConfigError: the predicted peak is over the free memory.
             QuartetError: a mistake that loading would come upon as well.
         """
+        free = free_memory(self._device, engine.processes_here)
         try:
-            estimate = _prediction(config, inputs, engine)
+            estimate = _prediction(config, inputs, engine, free)
         except NotTraceable as error:
             reason = str(error)
         except QuartetError:
@@ -65,9 +66,6 @@ class MemoryAccount:
         except Exception as error:  # the prediction is advice: no model may fail to train for want of it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
-            free = free_memory(self._device)
-            if free is not None and self._device.type == "cpu":
-                free //= engine.processes_here
             progress.show(compact(estimate, free))
             refuse_too_large(estimate, free, force=force)
             self._record = predicted_and_measured(estimate, {}) | {"measure": self._record["measure"], "free": free}
@@ -113,7 +111,7 @@ def _in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else quick_anonymous_bytes() or 0
 
 
-def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine) -> Estimate:
+def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine, free: int | None) -> Estimate:
     evaluation = () if inputs.evaluation is None else inputs.evaluation.tokens
     longest = max(inputs.prompts.longest, *map(len, evaluation), 1)
     return predict(
@@ -124,6 +122,7 @@ def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine) -> Estima
         longest_prompt=longest,
         world_size=engine.world_size,
         engine=engine.name,
+        free=free,
     )
 
 

@@ -48,7 +48,7 @@ class Session:
         self.loaded = loaded
         self.state = RunState(iteration=0, episodes=0, kl_coef=config.ppo.kl_coef)
         self._store = Store(config, folder, inputs, loaded)
-        self._memory = memory
+        self.memory = memory
         self._seconds: dict[str, float] = {}
         self._adviser = Adviser(stops=config.rollout.stop is not None)
         self._stage = ""
@@ -75,8 +75,7 @@ class Session:
         memory = account_for(config)
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
         return_freed_memory(config.run.return_memory, tight=memory.tight)
-        with memory.measuring("load"):
-            loaded = load_everything(config, inputs, progress.say, engine)
+        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
         engine.agree(lambda: None if engine.rank else folder.create(config, memories, fingerprints(inputs)))
         return Session(config, progress, folder, inputs, loaded, memory)
@@ -115,8 +114,7 @@ class Session:
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
         memory = account_for(config, folder.read_plan().get("memory"))
         return_freed_memory(config.run.return_memory, tight=memory.tight)
-        with memory.measuring("load"):
-            loaded = load_everything(config, inputs, progress.say, engine)
+        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
             session.state = session._store.load(chosen.name)
@@ -130,7 +128,7 @@ class Session:
 
     def next_prompts(self) -> Prompts:
         """The prompts of the iteration that begins now, of all processes."""
-        self._memory.peak.reset()
+        self.memory.peak.reset()
         return self.inputs.prompts.batch(self.state.episodes, self.config.rollout.batch_size, self.config.run.seed)
 
     def generate(self, prompts: Prompts) -> Rollout:
@@ -175,8 +173,8 @@ class Session:
             kl_coef=self._next_kl_coef(batch.metrics),
             bad_steps=stats.bad_steps,
         )
-        if self._memory.grown():
-            self._store.plan(self._memory.as_dict())
+        if self.memory.grown():
+            self._store.plan(self.memory.as_dict())
         return {
             "iteration": self.state.iteration,
             "episodes": self.state.episodes,
@@ -187,7 +185,7 @@ class Session:
             **{f"time/{stage}": seconds for stage, seconds in self._seconds.items()},
             "tokens/generated": int(rollout.response_mask.sum()),
             "tokens/trained": stats.tokens,
-            "memory/peak_bytes": max(self.loaded.engine.gather(self._memory.peak.peak_bytes())),
+            "memory/peak_bytes": max(self.loaded.engine.gather(self.memory.peak.peak_bytes())),
         }
 
     def evaluate_if_due(self) -> None:
@@ -251,7 +249,7 @@ class Session:
         """Show the stage, take its seconds and its peak memory."""
         self._enter(stage)
         start = time.perf_counter()
-        with self._memory.measuring(stage):
+        with self.memory.measuring(stage):
             yield
         if stage == "update":
             return_gaps()

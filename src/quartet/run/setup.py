@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.config import Config
-from quartet.distributed import ProcessEngine, SingleProcess
+from quartet.distributed import ProcessEngine, SingleProcess, gathers_for_rollout
 from quartet.errors import CheckpointError
 from quartet.memory.free import free_memory
 from quartet.models.branch import layer_list
@@ -31,9 +32,6 @@ from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.optimizer import make_optimizer
-
-GATHER_SHARE = 0.5
-"""`gather_for_rollout: auto` takes at most this share of the memory that is free after loading."""
 
 Say = Callable[[str], None]
 
@@ -108,10 +106,23 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
 
 
-def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEngine | None = None) -> Loaded:
-    """Load the plan's models and build what works with them."""
+def load_everything(
+    config: Config,
+    inputs: Inputs,
+    say: Say,
+    engine: ProcessEngine | None = None,
+    measuring: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Loaded:
+    """Load the plan's models and build what works with them.
+
+    Args:
+        measuring: gives a context that takes the peak memory of a phase, `load` and then `rollout`.
+    """
     engine = engine or SingleProcess()
-    roles = _load(config, inputs, engine)
+    with measuring("load"):
+        roles = _load(config, inputs, engine)
+        optimizer = make_optimizer(roles, config.ppo)
+        trained = engine.prepare(roles.trained, optimizer)
     tokenizer, rollout = inputs.tokenizer, config.rollout
     settings = SamplingSettings(
         response_length=rollout.response_length,
@@ -127,9 +138,9 @@ def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEng
         text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    optimizer = make_optimizer(roles, config.ppo)
-    trained = engine.prepare(roles.trained, optimizer)
-    return Loaded(roles, engine, trained, optimizer, _generator(config, roles, engine, settings, say), decode)
+    with measuring("rollout"):  # it tries a few steps
+        generator = _generator(config, roles, engine, settings, say)
+    return Loaded(roles, engine, trained, optimizer, generator, decode)
 
 
 def _generator(
@@ -138,10 +149,9 @@ def _generator(
     name, policy = config.rollout.engine, roles.policy
     if not engine.cuts_weights:
         return make_engine(name, policy, settings, say, cuda_graphs=config.rollout.cuda_graphs)
-    gather = config.distributed.gather_for_rollout
-    if gather == "auto":
-        free = free_memory(policy.backbone.device)
-        gather = not engine.any(free is not None and policy.backbone.whole_bytes() > GATHER_SHARE * free)
+    free = free_memory(policy.backbone.device, engine.processes_here)
+    wanted = config.distributed.gather_for_rollout
+    gather = not engine.any(not gathers_for_rollout(wanted, policy.backbone.whole_bytes(), free))
     say(f"rollout: {'every process holds the whole policy' if gather else 'a layer at a time, in step'}")
     return ShardedRollout(policy, engine, lambda: make_engine(name, policy, settings, say), gather=gather)
 

@@ -1,0 +1,136 @@
+"""What the process engines add to a process's memory: weights that are whole while they run, and buffers in which weights
+and gradients travel. How each engine works is in `quartet.distributed`; measured by benchmarks/scaling.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quartet.distributed import CUTTING, SHARING_STATE, Travel
+from quartet.memory.adapter_sizes import TensorSizes
+from quartet.memory.choices import Choices, torch_dtype
+from quartet.memory.shapes import BackboneShape
+from quartet.models.plan import BackboneSpec, SharingPlan
+
+FLOAT = 4
+"""Bytes of a float32: trained weights and all gradients."""
+
+
+def shards(choices: Choices) -> int:
+    """Into how many processes weights are cut."""
+    return choices.world_size if choices.engine in CUTTING else 1
+
+
+def gradient_shards(choices: Choices) -> int:
+    """Into how many processes gradients and optimizer state are cut."""
+    return choices.world_size if choices.engine in SHARING_STATE else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Sizes of a plan's backbones that sharding depends on; numbers, not bytes, unless said otherwise."""
+
+    policy_bytes: float
+    """Of the policy's backbone with its adapters, as its weights travel."""
+    width: int
+    """Bytes of a number that travels."""
+    layer: int
+    """The largest decoder layer."""
+    outside: int
+    """What is outside of the decoder layers (embeddings, last norm, LM head), where that is most."""
+    head: int
+    """The LM head."""
+    largest: int
+    """The largest tensor."""
+    trained: int
+    """All that is trained."""
+    largest_trained: int
+    """The largest tensor of it."""
+    full: bool
+    """Whether the layers themselves are trained, and not only adapters on them."""
+
+
+def pieces_of(
+    shapes: Mapping[BackboneSpec, BackboneShape], adapters: Sequence[TensorSizes], whole: int, choices: Choices
+) -> Pieces:
+    """The sizes of a plan.
+
+    Args:
+        adapters: those that are trained.
+        whole: numbers of the policy's backbone, adapters included.
+    """
+    trained = [math.prod(s.tensors[name]) for spec, s in shapes.items() if spec.trainable for name in s.trained]
+    full = any(spec.trainable for spec in shapes)
+    # fsdp2 sends what the computation needs, ZeRO-3 what it holds.
+    width = FLOAT if choices.engine == "zero3" and full else torch_dtype(choices.dtype).itemsize
+    return Pieces(
+        policy_bytes=whole * width,
+        width=width,
+        layer=max(shape.largest_layer for shape in shapes.values()),
+        outside=max(shape.outside for shape in shapes.values()),
+        head=max(shape.count(shape.head) for shape in shapes.values()),
+        largest=max(math.prod(size) for shape in shapes.values() for size in shape.tensors.values()),
+        trained=sum(trained) + sum(sizes.parameters for sizes in adapters),
+        largest_trained=max([*trained, *(count for sizes in adapters for count, _ in sizes.counts)]),
+        full=full,
+    )
+
+
+def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool) -> float:
+    """Bytes in a phase beside a process's share of weights, gradients and state."""
+    engine, travel = choices.engine, Travel.of(cuda=cuda)
+    bucket = min(travel.bucket, pieces.trained) * FLOAT
+    if engine == "ddp":
+        # Gradients are put together in buckets, one of which stands beside what it is made of.
+        largest = min(max(travel.ddp_bucket, pieces.largest_trained * FLOAT), pieces.trained * FLOAT)
+        return largest if phase == "update" else 0
+    if engine == "zero2":
+        # The bucket, the copy of it that is summed, and the share of the gradients laid out flat for the step.
+        return 2 * bucket if phase == "update" else 0
+    if engine not in CUTTING:
+        return 0
+    kept = bucket if engine == "zero3" else 0
+    if phase == "rollout" and choices.gather_for_rollout:
+        return pieces.policy_bytes + kept
+    if engine == "zero3":
+        # One weight, and the parts that it was put together from; the LM head; on a GPU what is fetched ahead.
+        gathered = (2 * pieces.largest + pieces.head + travel.ahead) * pieces.width
+        return gathered + kept + (bucket if phase == "update" else 0)
+    # A layer, and the buffer that it or the next one comes in; what is outside of the layers stays for the whole pass.
+    gathered = (pieces.outside + max(2 * pieces.layer, pieces.outside)) * pieces.width
+    if phase != "update":
+        return gathered
+    # Backward: another layer is fetched ahead, and a layer's gradients are whole, once as they come and once to be sent.
+    gathered = (pieces.outside + 3 * pieces.layer) * pieces.width
+    if pieces.full:
+        gathered += max(pieces.outside + 2 * pieces.layer, 2 * pieces.outside - 3 * pieces.layer) * FLOAT
+    return gathered
+
+
+def loading_bytes(choices: Choices, trained: float, rest: float, *, cuda: bool) -> float:
+    """Bytes at the peak of loading beside the weights: DeepSpeed's copies of what is trained.
+
+    Stage 2 copies its share and makes gradients for it. Stage 3 lays the share out flat, copies it, makes gradients for it
+    and for one group of it; the frozen backbones come after that, and the gradients stay.
+
+    Args:
+        trained, rest: bytes of a process's share of what is trained, and of what comes after it.
+    """
+    if choices.engine == "zero2":
+        return 2 * trained
+    if choices.engine != "zero3":
+        return 0
+    return max(trained, 2 * trained + min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest)
+
+
+def resting_gradients(choices: Choices, gradients: float) -> float:
+    """Of a process's share of the gradients, what exists outside of the update: stage 2 lets go of it after the step."""
+    return 0 if choices.engine == "zero2" else gradients
+
+
+def widened(choices: Choices, plan: SharingPlan) -> float:
+    """Bytes of a gradient that is kept, over those of one as it comes: fsdp2 adds up in float32."""
+    if choices.engine != "fsdp2" or not any(spec.trainable for spec in plan.backbones):
+        return 1.0
+    return FLOAT / torch_dtype(choices.dtype).itemsize
