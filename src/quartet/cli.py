@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quartet import __version__
-from quartet.errors import QuartetError
+from quartet.errors import QuartetError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = options.command(options)
     except QuartetError as error:
-        print(f"quartet{_rank()}: {error}", file=sys.stderr)
+        print(f"quartet{_rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)

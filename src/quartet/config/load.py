@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from quartet.config.schema import Config
-from quartet.errors import ConfigError
+from quartet.errors import ConfigError, brief, shown
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = OmegaConf.load(source)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{source} is not readable as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{source} is not readable as YAML: {brief(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{source} holds no mapping; a configuration has the sections models, data, ppo, ...")
     return parse_config(_merged(tree, overrides), origin=str(source))
@@ -50,12 +50,12 @@ def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") ->
 def _merged(tree: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     for item in overrides:
         if "=" not in item or item.startswith("="):
-            raise ConfigError(f"the override {item!r} has no value; write it as dotted.key=value")
+            raise ConfigError(f"the override {shown(item)} has no value; write it as dotted.key=value")
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"the overrides {' '.join(overrides)!r} cannot be applied: {_one_line(error)}") from error
+        raise ConfigError(f"the overrides {shown(' '.join(overrides))} cannot be applied: {brief(error)}") from error
     if not isinstance(plain, dict):
         raise ConfigError("the overrides replace the whole configuration; give dotted.key=value for single keys")
     return {str(key): value for key, value in plain.items()}
@@ -72,7 +72,7 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where or (kind == "value_error" and "was given" not in message):
         return message
-    return f"{where}={given!r} is not possible: {message[:1].lower()}{message[1:]}"
+    return f"{where}={shown(given)} is not possible: {message[:1].lower()}{message[1:]}"
 
 
 def _unknown_key(where: str) -> str:
@@ -82,7 +82,7 @@ def _unknown_key(where: str) -> str:
     if not near:
         near = [key for key in known if key.rsplit(".", 1)[-1] == last][:1]
     hint = f"did you mean {near[0]}?" if near else f"known sections: {', '.join(Config.model_fields)}"
-    return f"unknown key {where}; {hint}"
+    return f"unknown key {brief(where)}; {hint}"
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -98,7 +98,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in getattr(annotation, "__args__", ()):
         yield from _models_in(part)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

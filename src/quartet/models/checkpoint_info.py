@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 from quartet.models.hub_headers import Entry, hub_headers
 
 Kind = Literal["sft", "reward"]
@@ -203,7 +203,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
             entries = {name: _entry(entry, file) for name, entry in header.items() if name != "__metadata__"}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{file} is not a safetensors file (its header lacks {error}); fetch or save it again"
+                f"{file} is not a safetensors file (its header lacks {brief(error)}); fetch or save it again"
             ) from error
         end = max((entry.offsets[1] for entry in entries.values()), default=0)
         if size != 8 + length + end:
@@ -235,10 +235,9 @@ def _model_config(base: str, key: str, trust_remote_code: bool, adapter: str | N
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         kind_of = "" if Path(base).is_dir() else "no such folder, and as a Hub id: "
         raise CheckpointError(
-            f"{where} cannot be read: {kind_of}{reason}; give a folder written by save_pretrained"
+            f"{where} cannot be read: {kind_of}{brief(error)}; give a folder written by save_pretrained"
         ) from error
     assert isinstance(config, PretrainedConfig)
     return config

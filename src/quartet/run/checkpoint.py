@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.roles import Roles
 from quartet.run.checkpoint_folder import list_checkpoints, remove_checkpoint, verify, written_whole
 
@@ -58,7 +58,7 @@ def save_checkpoint(
         finish_checkpoint(folder, keep)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints "
+            f"the checkpoint {final} could not be written ({cause_of(error)}); earlier checkpoints "
             f"are intact, free some space and go on with: quartet resume {folder.parent}"
         ) from error
     return final
@@ -88,7 +88,9 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
         weights = {role: load_file(folder / f"{role}.safetensors") for role in ("policy", "value")}
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of Quartet ({error}); restore it from a copy") from error
+        raise CheckpointError(
+            f"{folder} is no checkpoint of Quartet ({brief(error)}); restore it from a copy"
+        ) from error
     for role, stored in weights.items():
         own = _weights(roles, role)
         if stored.keys() != own.keys() or any(stored[k].shape != own[k].shape for k in own):
@@ -118,7 +120,7 @@ def read_state(folder: Path) -> RunState:
             raise ValueError(f"numbers out of range: {state}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder / STATE} is not the state of a run ({error}); restore it from a copy"
+            f"{folder / STATE} is not the state of a run ({brief(error)}); restore it from a copy"
         ) from error
     return state
 

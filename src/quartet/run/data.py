@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quartet.errors import DataError
+from quartet.errors import DataError, brief
 from quartet.records import Prompts
 from quartet.run.prompt_files import Row, read_rows
 
@@ -229,7 +229,7 @@ class _Encoder:
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{where} is refused by the chat template ({error}); change the messages") from error
+            raise DataError(f"{where} is refused by the chat template ({brief(error)}); change the messages") from error
         assert isinstance(text, str)
         return text
 

@@ -15,7 +15,7 @@ import yaml
 
 from quartet import __version__
 from quartet.config import Config, parse_config
-from quartet.errors import CheckpointError, ConfigError
+from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
@@ -64,7 +64,7 @@ class RunFolder:
             write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
         except OSError as error:
             raise ConfigError(
-                f"run.dir={str(self.path)!r} cannot be written ({error.strerror}); name another folder"
+                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"
             ) from error
 
     def stopped_early(self, config: Config) -> bool:
@@ -114,7 +114,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written ({error.strerror or error}); free some space and go on from the newest checkpoint "
+            f"{path} could not be written ({cause_of(error)}); free some space and go on from the newest checkpoint "
             f"with: quartet resume {path.parent}"
         ) from error
 
