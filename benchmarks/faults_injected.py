@@ -57,7 +57,7 @@ def kill_at_operation(number: int) -> Prepare:
                 for owner, name, original in before:
                     setattr(owner, name, original)
 
-        _replace("quartet.run.session", "save_checkpoint", saving)
+        _replace("quartet.run.store", "save_checkpoint", saving)
 
     return prepare
 
@@ -76,7 +76,7 @@ def limit_file_size(*, after_checkpoint: int, limit: int) -> Prepare:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return save(folder, roles, optimizer, state, **options)
 
-        _replace("quartet.run.session", "save_checkpoint", saving)
+        _replace("quartet.run.store", "save_checkpoint", saving)
 
     return prepare
 

@@ -57,12 +57,13 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 @pytest.fixture
 def run(tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """run(config text or values): the sentence that `quartet train` ends with; loading the weights would be the next step."""
+    """run(config text or values): the sentence that `quartet train` ends with. What lies beyond the inputs is left out: to
+    predict the memory and to load the weights."""
 
     def stop(*_: Any) -> None:
         raise QuartetError(REACHED)
 
-    monkeypatch.setattr("quartet.run.session.load_everything", stop)
+    monkeypatch.setattr("quartet.run.session.account_for", stop)
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "run.yaml"
 

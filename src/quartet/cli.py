@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quartet import __version__
-from quartet.errors import QuartetError, printable
+from quartet.errors import QuartetError, printable, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QuartetError as error:
         print(f"quartet{_rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)
         return 130

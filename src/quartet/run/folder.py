@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from quartet import __version__
-from quartet.config import Config, parse_config
+from quartet.config import Config, parse_config, read_plain
 from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
@@ -91,15 +91,12 @@ class RunFolder:
 
         Raises:
             CheckpointError: no run here.
-            ConfigError: its config.yaml is not valid.
+            ConfigError: its config.yaml is not readable or not valid.
         """
         file = self.path / CONFIG_FILE
         if not file.is_file():
             raise CheckpointError(f"{str(self.path)!r} holds no run (no {CONFIG_FILE}); give the folder of a run")
-        try:
-            values = yaml.safe_load(file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{file} is not readable as YAML; restore it from a copy") from error
+        values = read_plain(file)
         return parse_config(values if isinstance(values, dict) else {}, origin=str(file))
 
 
