@@ -250,8 +250,8 @@ class TestPrompts:
         file = tmp_path / name
         if name == "p.jsonl":
             with file.open("w") as stream:
-                for number in range(1_000_000):
-                    stream.write(f'{{"prompt": "prompt number {number} of a million, each like the one before"}}\n')
+                for _ in range(1000):
+                    stream.write('{"prompt": "one prompt of a million, each like the one before"}\n' * 1000)
         else:
             texts = [f"prompt number {number} of a million, each like the one before" for number in range(50_000)]
             table = pyarrow.table({"prompt": texts})

@@ -161,7 +161,8 @@ def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
 def _load_dataset(source: str, split: str) -> Dataset:
     import datasets
 
-    folder = Path(source)
+    folder, bars = Path(source), datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
     try:
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(source)[split]
@@ -174,6 +175,9 @@ def _load_dataset(source: str, split: str) -> Dataset:
             f"{source} cannot be loaded as a data set with split {split} ({type(error).__name__}: "
             f"{brief(error)}); check data.split, the name and the network, or give a local file"
         ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bar()
 
 
 def _check_column(column: str, columns: Sequence[str], where: str) -> None:
