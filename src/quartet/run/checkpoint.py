@@ -81,12 +81,28 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
     Raises:
         CheckpointError: a file is missing, of another size or content, or does not fit the run's configuration.
     """
+    state = load_weights(folder, roles)
+    try:
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of Quartet ({brief(error)}); restore it from a copy"
+        ) from error
+    _load_optimizer(optimizer, moments)
+    return state
+
+
+def load_weights(folder: Path, roles: Roles) -> RunState:
+    """Verify one checkpoint and read what policy and value have of it.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
     verify(folder, FILES)
     state = read_state(folder)
     try:
         # Mapped from the files, so that no second copy of all weights is in memory.
         weights = {role: load_file(folder / f"{role}.safetensors") for role in ("policy", "value")}
-        moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is no checkpoint of Quartet ({brief(error)}); restore it from a copy"
@@ -99,7 +115,6 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
         for role, stored in weights.items():
             for key, tensor in _weights(roles, role).items():
                 tensor.copy_(stored[key])
-    _load_optimizer(optimizer, moments)
     return state
 
 

@@ -54,8 +54,8 @@ def _by_main(engine: ProcessEngine, folder: Path, act: Callable[[], None]) -> No
             act()
         except OSError as error:
             raise CheckpointError(
-                f"the result could not be written to {folder} ({cause_of(error)}); free some space and run: "
-                f"quartet resume {folder}"
+                f"the result could not be written to {folder} ({cause_of(error)}); free some space, then "
+                f"`quartet resume {folder}` ends with it after training, and `quartet export` begins anew"
             ) from error
 
     engine.agree(checked)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_BUFFER = 1 << 20
+"""Bytes of a Parquet column read at once; without a size Arrow reads the column of a whole row group, which may be the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One cell of the prompt column, not yet checked."""
@@ -137,10 +141,10 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             _check_column(column, file.schema_arrow.names, str(path))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for batch in file.iter_batches(batch_size=1024, columns=[column], use_threads=False):
                 for value in batch.column(column).to_pylist():
                     number += 1
                     yield Row(f"row {number} of {path}", value)
