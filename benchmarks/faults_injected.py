@@ -57,7 +57,7 @@ def kill_at_operation(number: int) -> Prepare:
                 for owner, name, original in before:
                     setattr(owner, name, original)
 
-        _replace("quartet.run.session", "save_checkpoint", saving)
+        _replace("quartet.run.store", "save_checkpoint", saving)
 
     return prepare
 
@@ -76,7 +76,7 @@ def limit_file_size(*, after_checkpoint: int, limit: int) -> Prepare:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return save(folder, roles, optimizer, state, **options)
 
-        _replace("quartet.run.session", "save_checkpoint", saving)
+        _replace("quartet.run.store", "save_checkpoint", saving)
 
     return prepare
 
@@ -87,43 +87,45 @@ def _replace(module: str, name: str, value: Any) -> None:
     setattr(importlib.import_module(module), name, value)
 
 
-def _little_memory(rows: int) -> Prepare:
-    """Forward passes of more than so many sequences find no memory."""
+def _in_each_microbatch(act: Callable[[Any], Any]) -> None:
+    """Have `act` see, and perhaps change, the policy's loss `[n, T]` of every microbatch of an update."""
+    from quartet.stages import update
 
-    def prepare() -> None:
+    loss = update.clipped_policy_loss
+
+    def acting(logprobs: Any, *arguments: Any, **options: Any) -> Any:
         import torch
 
-        from quartet.models.roles import TrainedPair
+        found = loss(logprobs, *arguments, **options)
+        planned = type(logprobs) is not torch.Tensor  # the prediction of memory runs the update without data
+        return found if planned else act(found)
 
-        forward = TrainedPair.forward
+    update.clipped_policy_loss = acting
 
-        def limited(pair: Any, sequences: Any, *arguments: Any, **options: Any) -> Any:
-            if len(sequences.input_ids) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-            return forward(pair, sequences, *arguments, **options)
 
-        TrainedPair.forward = limited  # type: ignore[method-assign]
+def _little_memory(rows: int) -> Prepare:
+    """Microbatches of more than so many sequences find no memory."""
 
-    return prepare
+    def limited(loss: Any) -> Any:
+        import torch
+
+        if len(loss) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return loss
+
+    return lambda: _in_each_microbatch(limited)
 
 
 def _bad_losses(first: int, last: int) -> Prepare:
-    """NaN log-probabilities in the forward passes `first` to `last` of the update."""
+    """A loss that is NaN in the microbatches `first` to `last` of the run."""
+    calls = 0
 
-    def prepare() -> None:
-        from quartet.models.roles import TrainedPair
+    def spoiled(loss: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return loss * (float("nan") if first <= calls <= last else 1.0)
 
-        forward, calls = TrainedPair.forward, 0
-
-        def spoiled(*arguments: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            logprobs, entropy, values = forward(*arguments, **options)
-            return logprobs * (float("nan") if first <= calls <= last else 1.0), entropy, values
-
-        TrainedPair.forward = spoiled  # type: ignore[method-assign]
-
-    return prepare
+    return lambda: _in_each_microbatch(spoiled)
 
 
 FAULT = "none"

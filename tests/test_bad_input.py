@@ -57,12 +57,13 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 @pytest.fixture
 def run(tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """run(config text or values): the sentence that `quartet train` ends with; loading the weights would be the next step."""
+    """run(config text or values): the sentence that `quartet train` ends with. What lies beyond the inputs is left out: to
+    predict the memory and to load the weights."""
 
     def stop(*_: Any) -> None:
         raise QuartetError(REACHED)
 
-    monkeypatch.setattr("quartet.run.session.load_everything", stop)
+    monkeypatch.setattr("quartet.run.session.account_for", stop)
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "run.yaml"
 
@@ -249,8 +250,8 @@ class TestPrompts:
         file = tmp_path / name
         if name == "p.jsonl":
             with file.open("w") as stream:
-                for number in range(1_000_000):
-                    stream.write(f'{{"prompt": "prompt number {number} of a million, each like the one before"}}\n')
+                for _ in range(1000):
+                    stream.write('{"prompt": "one prompt of a million, each like the one before"}\n' * 1000)
         else:
             texts = [f"prompt number {number} of a million, each like the one before" for number in range(50_000)]
             table = pyarrow.table({"prompt": texts})

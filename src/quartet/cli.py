@@ -1,4 +1,7 @@
-"""The command line: `quartet train | plan | resume | report | demo`. Mistakes end in one sentence on stderr and exit code 2."""
+"""The command line: `quartet train | plan | resume | eval | report | export | demo`.
+
+Mistakes end in one sentence on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quartet import __version__
-from quartet.errors import QuartetError
+from quartet.errors import QuartetError, printable, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,8 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = options.command(options)
     except QuartetError as error:
-        print(f"quartet{_rank()}: {error}", file=sys.stderr)
+        print(f"quartet{_rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)
         return 130
@@ -57,6 +63,22 @@ def _parser() -> argparse.ArgumentParser:
         "--trust", action="store_true", help="use the reward sources and remote code that the run's config.yaml names"
     )
     resume.set_defaults(command=_resume)
+    evaluation = commands.add_parser("eval", help="let a run's policy answer prompts, and score the answers")
+    evaluation.add_argument(
+        "--prompts", metavar="FILE", help="file or data set (default: the run's evaluation prompts)"
+    )
+    evaluation.add_argument("--count", type=_positive, metavar="N", help="only the first N prompts")
+    evaluation.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    evaluation.set_defaults(command=_eval)
+    export = commands.add_parser("export", help="write policy/ and value/ of a run's checkpoint to another folder")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    export.set_defaults(command=_export)
+    for command in (evaluation, export):
+        command.add_argument("run", type=Path, help="the run folder")
+        command.add_argument(
+            "--from", dest="start", metavar="CHECKPOINT", help="not the newest, but for example step-000020"
+        )
+        command.add_argument("--trust", action="store_true", help="use what the run's config.yaml names, as for resume")
     report = commands.add_parser("report", help="write report.html of a run: charts, and samples side by side")
     report.add_argument("run", type=Path, help="the run folder")
     report.set_defaults(command=_report)
@@ -111,6 +133,20 @@ def _plan(options: argparse.Namespace) -> int:
     from quartet.memory.command import run_plan
 
     return run_plan(options)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from quartet.run.reopen_command import run_eval
+
+    return run_eval(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from quartet.run.reopen_command import run_export
+
+    return run_export(options)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -9,8 +9,36 @@ QuartetError
 └── Interrupted       the user stopped the run (Ctrl-C, SIGTERM)
 
 The message is one sentence for the user: what was given, what is wrong, what to do. The command line prints it
-without a traceback and exits with `exit_code`.
+without a traceback and exits with `exit_code`. Text that comes from elsewhere goes into it through `brief` or `shown`.
 """
+
+from __future__ import annotations
+
+_MOST = 200
+
+
+def brief(text: object, most: int = _MOST) -> str:
+    """Text from elsewhere, such as another library's error, as part of a sentence: on one line, and cut after `most`."""
+    return _cut(" ".join(str(text).split()).rstrip(".;"), most)
+
+
+def shown(value: object, most: int = _MOST) -> str:
+    """A value as somebody gave it, as a literal cut after `most` characters."""
+    return _cut(repr(value), most)
+
+
+def cause_of(error: Exception) -> str:
+    """Why the system refused, without the file's name where it can be had without."""
+    return brief(getattr(error, "strerror", None) or error)
+
+
+def printable(text: str) -> str:
+    """Without what moves a terminal's cursor or colours it; a file's name may hold such things."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class QuartetError(Exception):

@@ -1,6 +1,6 @@
 """The configuration: one YAML file, validated once, frozen afterwards."""
 
-from quartet.config.load import load_config, parse_config
+from quartet.config.load import load_config, parse_config, read_plain
 from quartet.config.schema import (
     Config,
     DataConfig,
@@ -27,4 +27,5 @@ __all__ = [
     "RunConfig",
     "load_config",
     "parse_config",
+    "read_plain",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from quartet.config.schema import Config
-from quartet.errors import ConfigError
+from quartet.errors import ConfigError, brief, shown
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -28,11 +28,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"the configuration file {str(source)!r} does not exist; give the path of a YAML file")
     try:
         tree = OmegaConf.load(source)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{source} is not readable as YAML: {_one_line(error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not readable as YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{source} holds no mapping; a configuration has the sections models, data, ppo, ...")
     return parse_config(_merged(tree, overrides), origin=str(source))
+
+
+def read_plain(path: Path) -> Any:
+    """What a YAML file says, with nothing filled in: a run's own config.yaml may not ask for environment variables.
+
+    Raises:
+        ConfigError: missing, not YAML, or a key is there twice.
+    """
+    try:
+        return _UniqueKeys(path.read_text("utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {_yaml_problem(error)}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain values only, and no key twice: YAML forbids it, and PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"found duplicate key {name}", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{brief(error.problem)} in line {error.problem_mark.line + 1}"
+    return brief(error)
 
 
 def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") -> Config:
@@ -50,12 +81,12 @@ def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") ->
 def _merged(tree: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     for item in overrides:
         if "=" not in item or item.startswith("="):
-            raise ConfigError(f"the override {item!r} has no value; write it as dotted.key=value")
+            raise ConfigError(f"the override {shown(item)} has no value; write it as dotted.key=value")
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"the overrides {' '.join(overrides)!r} cannot be applied: {_one_line(error)}") from error
+        raise ConfigError(f"the overrides {shown(' '.join(overrides))} cannot be applied: {brief(error)}") from error
     if not isinstance(plain, dict):
         raise ConfigError("the overrides replace the whole configuration; give dotted.key=value for single keys")
     return {str(key): value for key, value in plain.items()}
@@ -70,9 +101,9 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "missing":
         return f"{where} is missing; add it to the configuration"
     message = problem["msg"].removeprefix("Value error, ")
-    if not where or (kind == "value_error" and "was given" not in message):
+    if not where or kind == "value_error":  # a check of ours over several fields, which names them
         return message
-    return f"{where}={given!r} is not possible: {message[:1].lower()}{message[1:]}"
+    return f"{where}={shown(given)} is not possible: {message[:1].lower()}{message[1:]}"
 
 
 def _unknown_key(where: str) -> str:
@@ -82,7 +113,7 @@ def _unknown_key(where: str) -> str:
     if not near:
         near = [key for key in known if key.rsplit(".", 1)[-1] == last][:1]
     hint = f"did you mean {near[0]}?" if near else f"known sections: {', '.join(Config.model_fields)}"
-    return f"unknown key {where}; {hint}"
+    return f"unknown key {brief(where)}; {hint}"
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -98,7 +129,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in getattr(annotation, "__args__", ()):
         yield from _models_in(part)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -11,6 +11,7 @@ from quartet.config.values import (
     NonNegative,
     NonNegativeInt,
     Number,
+    Place,
     Positive,
     PositiveInt,
     Probability,
@@ -36,9 +37,9 @@ class LoraConfig(Section):
 class ModelsConfig(Section):
     """The two checkpoints and how the four roles share them."""
 
-    sft: Annotated[str, Field(min_length=1)]
+    sft: Place
     """SFT checkpoint of policy and reference: folder or Hub id of a causal language model, or of a LoRA adapter on one."""
-    reward: Annotated[str, Field(min_length=1)]
+    reward: Place
     """Reward checkpoint of value and reward model: folder or Hub id of a sequence classifier with num_labels=1, or of a
     LoRA adapter on one."""
     sharing: Literal["auto", "separate", "paired", "single"] = "auto"
@@ -101,7 +102,7 @@ class ModelsConfig(Section):
 class DataConfig(Section):
     """The prompts."""
 
-    prompts: Annotated[str, Field(min_length=1)]
+    prompts: Place
     """Text file (a prompt a line), .jsonl, .parquet or .csv file, or the name of a `datasets` data set."""
     column: Annotated[str, Field(min_length=1)] = "prompt"
     """Column that holds the prompt: text, or a list of chat messages (the chat template is then applied)."""
@@ -109,7 +110,7 @@ class DataConfig(Section):
     """Split of a `datasets` data set."""
     max_prompt_tokens: PositiveInt = 512
     """Longer prompts are left out; a warning says how many."""
-    eval_prompts: str | None = None
+    eval_prompts: Place | None = None
     """File or data set of the fixed evaluation prompts; null holds out the first prompts of `prompts` by seed."""
     eval_count: NonNegativeInt = 16
     """How many evaluation prompts are used; 0 for none."""
@@ -232,7 +233,7 @@ class PPOConfig(Section):
 class RunConfig(Section):
     """The run folder and what is written there."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs/quartet"
+    dir: Place = "runs/quartet"
     """Folder of the run; must not hold a run already."""
     seed: NonNegativeInt = 0
     """Seed of adapters, data order and sampling."""

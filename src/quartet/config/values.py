@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+"""Bytes of one name and of a whole path that every common file system takes."""
 
 
 def _no_switch(given: Any) -> Any:
     """YAML's true and false are numbers to Python, and never meant as such."""
     if isinstance(given, bool):
-        raise ValueError(f"a number or name is needed, and {str(given).lower()} was given")
+        raise PydanticCustomError("switch", "a number or name is needed")
     return given
 
 
@@ -27,6 +31,22 @@ def _right_gradients(given: Any) -> Any:
     return given
 
 
+def _nameable(given: str) -> str:
+    """Looking up a name that no file can have raises, in the middle of whatever asks."""
+    try:
+        names = given.encode().split(b"/")
+    except UnicodeEncodeError:
+        names = [b"\0"]
+    if any(b"\0" in name for name in names):
+        raise PydanticCustomError("name", "it holds a character that no name of a file has")
+    if max(map(len, names)) > _LONGEST_NAME or len(given) > _LONGEST_PATH:
+        limits = f"a file's name has at most {_LONGEST_NAME} bytes, a path {_LONGEST_PATH}"
+        raise PydanticCustomError("name", "{limits}", {"limits": limits})
+    return given
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
+"""A path, or the name of something on the Hub."""
 Number = BeforeValidator(_no_switch)
 RightGradients = BeforeValidator(_right_gradients)
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]

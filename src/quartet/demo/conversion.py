@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -64,7 +64,9 @@ def weights_digest(folder: Path) -> str:
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete the folder {folder} and run again") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({brief(error)}); delete the folder {folder} and run again"
+        ) from error
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from quartet.config import Config
 from quartet.distributed.choose import engine_name, refuse_impossible, refuse_not_installed
 from quartet.distributed.engine import ProcessEngine, SingleProcess
-from quartet.errors import ConfigError, QuartetError, TrainingError
+from quartet.errors import ConfigError, QuartetError, TrainingError, brief
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one process for the others in one operation."""
@@ -176,7 +176,7 @@ def _last_words(store: Store, rank: int, error: Exception) -> QuartetError | Non
     try:
         if not lost:
             if not store.check([FAILED]):
-                store.set(FAILED, f"{rank} {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+                store.set(FAILED, f"{rank} {type(error).__name__}: {brief(error, 500)}")
             return None
         deadline = time.monotonic() + GRACE_SECONDS
         while not store.check([FAILED]) and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet.errors import brief
 from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.shapes import BackboneShape
@@ -93,10 +94,9 @@ class Simulator:
             with _quiet(), small.mode, traced(small.roles) as trace:
                 run(trace, small.roles, choices, self._workload)
         except Exception as error:  # the code of any family may ask for data, which fake tensors do not have
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise NotTraceable(
                 f"the memory of {self._sft.key}={self._sft.name!r} cannot be planned: its {phase} does not run without "
-                f"weights ({why})"
+                f"weights ({type(error).__name__}: {brief(error)})"
             ) from error
         for tensor in tensors_of(small.roles):
             tensor.grad = None

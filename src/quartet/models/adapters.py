@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from quartet.config import LoraConfig
-from quartet.errors import CheckpointError, ConfigError
+from quartet.errors import CheckpointError, ConfigError, brief
 from quartet.models.checkpoint_info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, CheckpointInfo, read_tensor
 
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
@@ -69,7 +69,7 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
         _inject(model, name, config, seed)
     except ValueError as error:
         raise ConfigError(
-            f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {' '.join(str(error).split())[:300]}"
+            f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {brief(error, 300)}"
         ) from error
     body = getattr(model, "base_model_prefix", "")
     outside = [path for path, layer in _layers(model) if name in layer.lora_A and not path.startswith(f"{body}.")]
@@ -113,7 +113,7 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
             model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
         )
     except (ValueError, RuntimeError, TypeError) as error:
-        raise _misfit(info, " ".join(str(error).split())[:300]) from error
+        raise _misfit(info, brief(error, 300)) from error
     empty = [k for k in result.missing_keys if f".{name}." in k]
     if result.unexpected_keys or empty:
         raise _misfit(info, ", ".join((list(result.unexpected_keys) + empty)[:3]))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, cause_of
 from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -83,7 +83,7 @@ def _convert(info: CheckpointInfo, wanted: str, target: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{info.key}={info.base!r} is to be converted to {wanted} in {target} and cannot be written there "
-            f"({error.strerror or error}); free some space or set QUARTET_CACHE to another folder"
+            f"({cause_of(error)}); free some space or set QUARTET_CACHE to another folder"
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 from quartet.models.hub_headers import Entry, hub_headers
 
 Kind = Literal["sft", "reward"]
@@ -110,7 +110,7 @@ def read_checkpoint(
     base, adapter = name, None
     if adapter_file is not None:
         content = _json(adapter_file, key)
-        base = content.get("base_model_name_or_path") or ""
+        base = str(content.get("base_model_name_or_path") or "")
         adapter = name
         if content.get("peft_type") != "LORA":
             raise CheckpointError(
@@ -152,8 +152,16 @@ def weight_files(name: str, key: str) -> list[Path]:
                 "convert it with save_pretrained(), or set models.allow_pickle=true for a local folder that you trust"
             )
         raise CheckpointError(f"{key}={name!r} holds no model.safetensors; give a folder written by save_pretrained")
-    parts = sorted(set(_json(index, key).get("weight_map", {}).values()))
-    return [_file(name, part, key) for part in parts]
+    return [_file(name, part, key) for part in _parts(index, key)]
+
+
+def _parts(index: Path, key: str) -> list[str]:
+    """The files that an index names; they lie beside it."""
+    places = _json(index, key).get("weight_map")
+    parts = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not parts or any(Path(part).name != part for part in parts):
+        raise CheckpointError(f"{key}: {index} does not name the files beside it; fetch or save the checkpoint again")
+    return sorted(parts)
 
 
 def _at_hand(name: str, file: str | None = None) -> bool:
@@ -174,7 +182,7 @@ def _at_hand(name: str, file: str | None = None) -> bool:
     if file is not None or cached("model.safetensors"):
         return cached(file or "model.safetensors") is not None
     index = cached("model.safetensors.index.json")
-    return index is not None and all(cached(part) for part in set(_json(index, name).get("weight_map", {}).values()))
+    return index is not None and all(cached(part) for part in _parts(index, name))
 
 
 def _on_hub(name: str, entries: dict[str, Entry]) -> dict[str, TensorInfo]:
@@ -195,7 +203,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             try:
                 header = json.loads(stream.read(length)) if length <= size - 8 else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 header = None
         if not isinstance(header, dict):
             raise CheckpointError(f"{file} is not a safetensors file (its header is damaged); fetch or save it again")
@@ -203,7 +211,7 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
             entries = {name: _entry(entry, file) for name, entry in header.items() if name != "__metadata__"}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{file} is not a safetensors file (its header lacks {error}); fetch or save it again"
+                f"{file} is not a safetensors file (its header lacks {brief(error)}); fetch or save it again"
             ) from error
         end = max((entry.offsets[1] for entry in entries.values()), default=0)
         if size != 8 + length + end:
@@ -234,11 +242,10 @@ def _model_config(base: str, key: str, trust_remote_code: bool, adapter: str | N
         raise CheckpointError(f"{where} does not exist; give a checkpoint's folder or a Hub id")
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # transformers documents no base of what it raises for a damaged file
         kind_of = "" if Path(base).is_dir() else "no such folder, and as a Hub id: "
         raise CheckpointError(
-            f"{where} cannot be read: {kind_of}{reason}; give a folder written by save_pretrained"
+            f"{where} cannot be read: {kind_of}{brief(error)}; give a folder written by save_pretrained"
         ) from error
     assert isinstance(config, PretrainedConfig)
     return config
@@ -269,7 +276,7 @@ def _file(name: str, file: str, key: str) -> Path:
 def _json(path: Path, key: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{key}: {path} is not readable as JSON; fetch or save the checkpoint again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{key}: {path} holds no JSON object; fetch or save the checkpoint again")

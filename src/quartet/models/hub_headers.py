@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 
 _FAILURES: tuple[type[Exception], ...] = (NotASafetensorsRepoError, SafetensorsParsingError, OSError)
 _FAILURES += tuple(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
@@ -32,10 +32,9 @@ def hub_headers(name: str, key: str, *, file: str | None = None) -> dict[str, En
         else:
             files = api.get_safetensors_metadata(name).files_metadata
     except _FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{key}={name!r}: the headers of its weights cannot be read from the Hub ({reason}); check the id and the network, "
-            "or give a local folder"
+            f"{key}={name!r}: the headers of its weights cannot be read from the Hub ({brief(error)}); check the id and the "
+            "network, or give a local folder"
         ) from error
     return {
         tensor: (place, {"dtype": found.dtype, "shape": found.shape, "data_offsets": found.data_offsets})

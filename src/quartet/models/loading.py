@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from quartet.config import ModelsConfig
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 from quartet.models import adapters
 from quartet.models.attention import use_short_attention
 from quartet.models.backbone import Backbone
@@ -177,8 +177,7 @@ def _load_weights(
                 **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{info.key}={spec.checkpoint!r} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"{info.key}={spec.checkpoint!r} cannot be loaded: {brief(error, 300)}") from error
     _refuse_gaps(spec, info, model, report)
     if spec.task == "classifier":
         for name in [n for n, _ in model.named_children() if n != model.base_model_prefix]:

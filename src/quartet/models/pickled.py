@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quartet.config import ModelsConfig
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, cause_of
 from quartet.models.cache import cache_folder
 from quartet.models.checkpoint_info import ADAPTER_CONFIG, CheckpointInfo, Kind, read_checkpoint
 
@@ -109,7 +109,7 @@ def _convert(folder: Path, files: list[Path], changes: dict[str, str], target: P
     except OSError as error:
         raise CheckpointError(
             f"{key}={str(folder)!r} is to be converted to safetensors in {target} and cannot be written there "
-            f"({error.strerror or error}); free some space or set QUARTET_CACHE to another folder"
+            f"({cause_of(error)}); free some space or set QUARTET_CACHE to another folder"
         ) from error
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from quartet.errors import CheckpointError, ConfigError
+from quartet.errors import CheckpointError, ConfigError, brief
 from quartet.models.checkpoint_info import CheckpointInfo
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def load_tokenizer(sft: CheckpointInfo, reward: CheckpointInfo) -> tuple[Any, list[str]]:
@@ -87,7 +90,14 @@ def _tokenizer(info: CheckpointInfo) -> Any:
             continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=info.trust_remote_code)
-        except (OSError, ValueError, KeyError):
+        except Exception as error:
+            # The libraries below document no base of what they raise for a damaged file, and use Exception itself.
+            damaged = [name for name in _FILES if (Path(place) / name).is_file()]
+            if damaged:
+                raise CheckpointError(
+                    f"{info.key}={info.name!r}: its tokenizer ({damaged[0]}) cannot be read "
+                    f"({type(error).__name__}: {brief(error)}); fetch or save it again"
+                ) from error
             continue
         # Without files transformers makes up a tokenizer of the model's class that knows its special tokens alone.
         if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():

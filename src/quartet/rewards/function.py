@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
-from quartet.errors import RewardError
+from quartet.errors import RewardError, brief
 from quartet.rewards.check import checked_rewards
 from quartet.rewards.deadline import DeadlineExceeded, call_within
 
@@ -110,13 +110,15 @@ def _checked_function(function: object, label: str) -> RewardFunction:
     try:
         signature.bind([], [])
     except TypeError as error:
-        raise RewardError(f"{label} cannot be called with (prompts, responses): {error}; take two arguments") from error
+        raise RewardError(
+            f"{label} cannot be called with (prompts, responses): {brief(error)}; take two arguments"
+        ) from error
     return function
 
 
 def _described(error: BaseException) -> str:
     """Kind, text and place of an error in one line; the place is the line of the user's function, or of the module."""
-    text = " ".join(str(error).split())
+    text = brief(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_foreign(frame.filename)]
     place = f" ({os.path.basename(frames[0].filename)}, line {frames[0].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet.errors import brief
 from quartet.models.roles import LanguageView
 from quartet.rollout.linears import fast_linears
 from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
@@ -120,9 +121,7 @@ def check(decoder: Decoder, policy: LanguageView) -> None:
         found.append(decoder.prefill(cache, 1, ids[2:, :3], lengths[2:]))
         found.append(decoder.step(cache, ids[row + 1, lengths[1:] + 1 - row], lengths[1:] + 1 - row, rounded(4)))
     except Exception as error:
-        raise NotDrivable(
-            f"a decoding step fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise NotDrivable(f"a decoding step fails with {type(error).__name__}: {brief(error)}") from error
     places = [(0, 4), (1, 1), (0, 5), (1, 2), (2, 2), (1, 3), (2, 3)]
     expected = torch.stack([plain[place] for place in places]).float()
     error_size = (torch.cat(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)

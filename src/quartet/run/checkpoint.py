@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.roles import Roles
 from quartet.run.checkpoint_folder import list_checkpoints, remove_checkpoint, verify, written_whole
 
@@ -58,7 +58,7 @@ def save_checkpoint(
         finish_checkpoint(folder, keep)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints "
+            f"the checkpoint {final} could not be written ({cause_of(error)}); earlier checkpoints "
             f"are intact, free some space and go on with: quartet resume {folder.parent}"
         ) from error
     return final
@@ -81,14 +81,32 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
     Raises:
         CheckpointError: a file is missing, of another size or content, or does not fit the run's configuration.
     """
+    state = load_weights(folder, roles)
+    try:
+        moments = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of Quartet ({brief(error)}); restore it from a copy"
+        ) from error
+    _load_optimizer(optimizer, moments)
+    return state
+
+
+def load_weights(folder: Path, roles: Roles) -> RunState:
+    """Verify one checkpoint and read what policy and value have of it.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
     verify(folder, FILES)
     state = read_state(folder)
     try:
         # Mapped from the files, so that no second copy of all weights is in memory.
         weights = {role: load_file(folder / f"{role}.safetensors") for role in ("policy", "value")}
-        moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of Quartet ({error}); restore it from a copy") from error
+        raise CheckpointError(
+            f"{folder} is no checkpoint of Quartet ({brief(error)}); restore it from a copy"
+        ) from error
     for role, stored in weights.items():
         own = _weights(roles, role)
         if stored.keys() != own.keys() or any(stored[k].shape != own[k].shape for k in own):
@@ -97,7 +115,6 @@ def load_checkpoint(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer
         for role, stored in weights.items():
             for key, tensor in _weights(roles, role).items():
                 tensor.copy_(stored[key])
-    _load_optimizer(optimizer, moments)
     return state
 
 
@@ -118,7 +135,7 @@ def read_state(folder: Path) -> RunState:
             raise ValueError(f"numbers out of range: {state}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder / STATE} is not the state of a run ({error}); restore it from a copy"
+            f"{folder / STATE} is not the state of a run ({brief(error)}); restore it from a copy"
         ) from error
     return state
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quartet.errors import DataError
+from quartet.errors import DataError, brief
 from quartet.records import Prompts
 from quartet.run.prompt_files import Row, read_rows
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 1024
 """Prompts tokenized in one call: enough to keep the tokenizer's threads busy, few enough to hold as Python lists."""
+_LONG_CHARACTERS = 32
+"""Characters for each token allowed beyond which the beginning of a prompt is tokenized first: megabytes would take minutes."""
 
 
 class PromptSet:
@@ -123,7 +125,7 @@ def load_prompts(
     Raises DataError for an unreadable source, a value that is no prompt, and when no prompt is left.
     """
     rows = read_rows(source, column=column, split=split)
-    encode = _Encoder(tokenizer)
+    encode = _Encoder(tokenizer, max_prompt_tokens)
     texts: list[str] = []
     ids, lengths = array("i"), array("q")
     total = too_long = empty = 0
@@ -177,22 +179,33 @@ def _refuse(source: str, total: int, too_long: int, empty: int, limit: int) -> N
 class _Encoder:
     """Turns rows into (text, token ids), a chunk at a time."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int) -> None:
+        """`most`: tokens above which nobody asks how many they are."""
         self._tokenizer = tokenizer
+        self._most = most
         eos = tokenizer.eos_token_id
         # Asked once with a text that surely does not end with EOS: a text may hold EOS of its own, which stays.
         self._appended_eos = eos is not None and self._ids(["a"], special=True)[0][-1:] == [eos]
 
     def __call__(self, rows: Sequence[Row]) -> Iterator[tuple[str, list[int]]]:
         rendered = [self._render(row) for row in rows]
-        plain = iter(self._ids([text for text, is_chat in rendered if not is_chat], special=True))
-        chats = iter(self._ids([text for text, is_chat in rendered if is_chat], special=False))
+        plain = iter(self._ids([self._enough(text) for text, is_chat in rendered if not is_chat], special=True))
+        chats = iter(self._ids([self._enough(text) for text, is_chat in rendered if is_chat], special=False))
         for text, is_chat in rendered:
             if is_chat:
                 yield text, next(chats)
             else:
                 tokens = next(plain)
                 yield text, tokens[:-1] if self._appended_eos else tokens
+
+    def _enough(self, text: str) -> str:
+        """The text, or as much of its beginning as shows that it has too many tokens.
+
+        Twice as many, because a cut may part the last word's tokens otherwise.
+        """
+        start = text[: _LONG_CHARACTERS * self._most]
+        shows = len(start) < len(text) and len(self._ids([start], special=False)[0]) > 2 * self._most
+        return start if shows else text
 
     def _ids(self, texts: list[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -229,7 +242,7 @@ class _Encoder:
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{where} is refused by the chat template ({error}); change the messages") from error
+            raise DataError(f"{where} is refused by the chat template ({brief(error)}); change the messages") from error
         assert isinstance(text, str)
         return text
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from quartet.distributed import ProcessEngine, SingleProcess
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, cause_of
 from quartet.models.adapters import adapter_state, save_adapter
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import Role
@@ -54,8 +54,8 @@ def _by_main(engine: ProcessEngine, folder: Path, act: Callable[[], None]) -> No
             act()
         except OSError as error:
             raise CheckpointError(
-                f"the result could not be written to {folder} ({error.strerror or error}); free some space and run: "
-                f"quartet resume {folder}"
+                f"the result could not be written to {folder} ({cause_of(error)}); free some space, then "
+                f"`quartet resume {folder}` ends with it after training, and `quartet export` begins anew"
             ) from error
 
     engine.agree(checked)

@@ -21,15 +21,23 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
     large ones. Prompts: text and tokens in order, so that the tokenizer and its chat template count too. Where the files
     lie does not matter.
     """
-    found = {info.key: _checkpoint(info) for info in (inputs.sft, inputs.reward)}
+    found = model_fingerprints(inputs)
     found["data.prompts"] = inputs.prompts.digest()
     if inputs.evaluation is not None:
         found["data.eval_prompts"] = _prompts(inputs.evaluation)
     return found
 
 
-def refuse_changed(file: Path, now: Mapping[str, str]) -> None:
+def model_fingerprints(inputs: Inputs) -> dict[str, str]:
+    """Those of the two checkpoints alone."""
+    return {info.key: _checkpoint(info) for info in (inputs.sft, inputs.reward)}
+
+
+def refuse_changed(file: Path, now: Mapping[str, str], *, whole: bool = True) -> None:
     """Compare with what the run wrote when it started.
+
+    Args:
+        whole: whether `now` has to hold all that the run wrote.
 
     Raises:
         CheckpointError: names the first input that differs.
@@ -41,7 +49,7 @@ def refuse_changed(file: Path, now: Mapping[str, str]) -> None:
         raise CheckpointError(f"{file} is missing; restore it from a copy") from None
     except (OSError, ValueError, AssertionError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys() if whole else now.keys()):
         if before.get(key) != now.get(key):
             raise CheckpointError(
                 f"{key} is not what this run was started with (its content differs from {file}); restore it, or start a new run"

@@ -14,8 +14,8 @@ from typing import IO, Any
 import yaml
 
 from quartet import __version__
-from quartet.config import Config, parse_config
-from quartet.errors import CheckpointError, ConfigError
+from quartet.config import Config, parse_config, read_plain
+from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
@@ -64,7 +64,7 @@ class RunFolder:
             write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
         except OSError as error:
             raise ConfigError(
-                f"run.dir={str(self.path)!r} cannot be written ({error.strerror}); name another folder"
+                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"
             ) from error
 
     def stopped_early(self, config: Config) -> bool:
@@ -91,15 +91,12 @@ class RunFolder:
 
         Raises:
             CheckpointError: no run here.
-            ConfigError: its config.yaml is not valid.
+            ConfigError: its config.yaml is not readable or not valid.
         """
         file = self.path / CONFIG_FILE
         if not file.is_file():
             raise CheckpointError(f"{str(self.path)!r} holds no run (no {CONFIG_FILE}); give the folder of a run")
-        try:
-            values = yaml.safe_load(file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{file} is not readable as YAML; restore it from a copy") from error
+        values = read_plain(file)
         return parse_config(values if isinstance(values, dict) else {}, origin=str(file))
 
 
@@ -114,7 +111,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written ({error.strerror or error}); free some space and go on from the newest checkpoint "
+            f"{path} could not be written ({cause_of(error)}); free some space and go on from the newest checkpoint "
             f"with: quartet resume {path.parent}"
         ) from error
 

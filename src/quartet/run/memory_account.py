@@ -10,7 +10,7 @@ import torch
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
-from quartet.errors import QuartetError
+from quartet.errors import QuartetError, brief
 from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
 from quartet.memory.figures import Estimate
 from quartet.memory.free import free_memory
@@ -64,7 +64,7 @@ class MemoryAccount:
         except QuartetError:
             raise
         except Exception as error:  # the prediction is advice: no model may fail to train for want of it
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {brief(error)}"
         else:
             progress.show(compact(estimate, free))
             refuse_too_large(estimate, free, force=force)

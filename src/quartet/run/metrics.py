@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from quartet.errors import CheckpointError, ConfigError
+from quartet.errors import CheckpointError, ConfigError, brief, cause_of
 from quartet.run.folder import put_on_disk, writing
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
+        raise CheckpointError(f"{path} cannot be read ({cause_of(error)}); give the folder of a run") from error
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     records = []
     for place, (number, line) in enumerate(filled, start=1):
@@ -104,7 +104,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         except (ValueError, AttributeError) as error:
             if place == len(filled):
                 break
-            raise CheckpointError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+            raise CheckpointError(f"line {number} of {path} is damaged ({brief(error)}); remove that line") from error
     return records
 
 

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quartet.errors import DataError
+from quartet.errors import DataError, brief, cause_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_BUFFER = 1 << 20
+"""Bytes of a Parquet column read at once; without a size Arrow reads the column of a whole row group, which may be the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ def read_rows(source: str, *, column: str, split: str) -> Iterator[Row]:
         try:
             yield from reader(path, column)
         except OSError as error:
-            raise DataError(f"{source} cannot be read ({error.strerror or error}); check the file") from error
+            raise DataError(f"{source} cannot be read ({cause_of(error)}); check the file") from error
     elif reader is not None or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source} does not exist; data.prompts and data.eval_prompts take a file or a data set's name")
     else:
@@ -82,7 +86,7 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[Row]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON ({error}); write one JSON object a line") from error
+            raise DataError(f"{where} is not JSON ({brief(error)}); write one JSON object a line") from error
         yield _json_row(record, column, where)
 
 
@@ -95,7 +99,7 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
     try:
         records = json.loads("".join(line for _, line in _lines(path)))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); write one JSON object a line, or one array") from error
+        raise DataError(f"{path} is not JSON ({brief(error)}); write one JSON object a line, or one array") from error
     for number, record in enumerate(records, start=1):
         yield _json_row(record, column, f"item {number} of {path}")
 
@@ -129,7 +133,7 @@ def _csv_rows(path: Path, column: str) -> Iterator[Row]:
                 )
             yield Row(where, fields[index])
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num} of {path} is not CSV ({error}); check its quotes") from error
+        raise DataError(f"line {reader.line_num} of {path} is not CSV ({brief(error)}); check its quotes") from error
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
@@ -137,15 +141,15 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             _check_column(column, file.schema_arrow.names, str(path))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for batch in file.iter_batches(batch_size=1024, columns=[column], use_threads=False):
                 for value in batch.column(column).to_pylist():
                     number += 1
                     yield Row(f"row {number} of {path}", value)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file ({_first_line(error)}); write it again") from error
+        raise DataError(f"{path} is not a readable Parquet file ({brief(error)}); write it again") from error
 
 
 def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
@@ -161,7 +165,8 @@ def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
 def _load_dataset(source: str, split: str) -> Dataset:
     import datasets
 
-    folder = Path(source)
+    folder, bars = Path(source), datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
     try:
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(source)[split]
@@ -172,8 +177,11 @@ def _load_dataset(source: str, split: str) -> Dataset:
         # datasets documents no common base of what it raises for a bad name, split, network or file.
         raise DataError(
             f"{source} cannot be loaded as a data set with split {split} ({type(error).__name__}: "
-            f"{_first_line(error)}); check data.split, the name and the network, or give a local file"
+            f"{brief(error)}); check data.split, the name and the network, or give a local file"
         ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bar()
 
 
 def _check_column(column: str, columns: Sequence[str], where: str) -> None:
@@ -181,10 +189,6 @@ def _check_column(column: str, columns: Sequence[str], where: str) -> None:
         problem = "more than one column" if column in columns else "no column"
         names = ", ".join(repr(str(name)) for name in columns) or "none"
         raise DataError(f"{where} has {problem} {column!r}; set data.column to one of those it has: {names}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "").strip().rstrip(".")
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief
 from quartet.records import Prompts, Scored
 from quartet.run.folder import put_on_disk, writing
 
@@ -103,5 +103,5 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
             if line.strip():
                 found.append({name: json.loads(line)[name] for name in Sample.__slots__})
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+            raise CheckpointError(f"line {number} of {path} is damaged ({brief(error)}); remove that line") from error
     return found

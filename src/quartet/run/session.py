@@ -11,7 +11,6 @@ from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, QuartetError, TrainingError
 from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
-from quartet.rewards.sources import combine
 from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
@@ -20,13 +19,12 @@ from quartet.run.fingerprint import fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
-from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs
+from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs, score_with
 from quartet.run.store import Store
 from quartet.run.trust import refuse_untrusted
 from quartet.stages.correction import corrected
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
-from quartet.stages.scoring import score_rollout
 
 
 class Session:
@@ -151,16 +149,7 @@ class Session:
         return everyones(engine.agree(lambda: self._score(rollout)), self._prompts or rollout.prompts, engine)
 
     def _score(self, rollout: Rollout) -> Scored:
-        sources, config = self.inputs.sources, self.config
-        return score_rollout(
-            rollout,
-            self.loaded.roles,
-            temperature=config.rollout.temperature,
-            placement=config.ppo.score_placement,
-            rows=config.rollout.batch_rows,
-            extra=(lambda prompts, responses: combine(sources, prompts, responses)) if sources else None,
-            decode=self.loaded.decode,
-        )
+        return score_with(self.config, self.inputs.sources, self.loaded, rollout)
 
     def finish_iteration(self, batch: Advantaged, stats: UpdateStats, *, learning_rate: float) -> dict[str, float]:
         """Move the run's counters on; returns the iteration's line for metrics.jsonl."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from quartet.models.plan import SharingPlan
 from quartet.models.precision import resolve_device
 from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
-from quartet.records import Prompts
-from quartet.rewards.sources import RewardSource, build_sources
+from quartet.records import Prompts, Rollout, Scored
+from quartet.rewards.sources import RewardSource, build_sources, combine
 from quartet.rollout.choose import make_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.sharded import ShardedRollout
@@ -32,6 +32,7 @@ from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.optimizer import make_optimizer
+from quartet.stages.scoring import score_rollout
 
 Say = Callable[[str], None]
 
@@ -68,8 +69,32 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     Raises:
         ConfigError, CheckpointError, DataError, RewardError: one sentence about the first thing that is wrong.
     """
-    models, data = config.models, config.data
+    data = config.data
     require_trackers(config.run.trackers)
+    sft, reward, tokenizer = read_models(config, say)
+
+    def read(source: str) -> PromptSet:
+        return read_prompts(source, config, tokenizer, say)
+
+    prompts = read(data.prompts)
+    if data.eval_prompts is not None:
+        held = read(data.eval_prompts)
+        held = held.subset(range(min(len(held), data.eval_count)))
+    else:
+        prompts, held = hold_out(prompts, data.eval_count, config.run.seed)
+    refuse_long_sequences((sft, reward), max(prompts.longest, held.longest), config.rollout.response_length)
+    evaluation = evaluation_prompts(held.in_order()) if len(held) else None
+    plan = plan_for(config.models, sft, reward)
+    return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
+
+
+def read_models(config: Config, say: Say) -> tuple[CheckpointInfo, CheckpointInfo, Any]:
+    """Check SFT and reward checkpoint and the tokenizer of both.
+
+    Raises:
+        ConfigError, CheckpointError: as `read_inputs`.
+    """
+    models = config.models
     if models.trust_remote_code:
         say("models.trust_remote_code is on: code that the checkpoints bring along runs in this process")
     sft, reward = open_checkpoint(models, "sft"), open_checkpoint(models, "reward")
@@ -83,27 +108,33 @@ def read_inputs(config: Config, say: Say) -> Inputs:
             f"rollout.top_p={config.rollout.top_p} samples from a truncated policy: its KL to the reference is biased and "
             "may look negative; 1.0 is exact"
         )
+    return sft, reward, tokenizer
 
-    def read(source: str) -> PromptSet:
-        return load_prompts(
-            source,
-            column=data.column,
-            split=data.split,
-            tokenizer=tokenizer,
-            max_prompt_tokens=data.max_prompt_tokens,
-            warn=say,
-        )
 
-    prompts = read(data.prompts)
-    if data.eval_prompts is not None:
-        held = read(data.eval_prompts)
-        held = held.subset(range(min(len(held), data.eval_count)))
-    else:
-        prompts, held = hold_out(prompts, data.eval_count, config.run.seed)
-    refuse_long_sequences((sft, reward), max(prompts.longest, held.longest), config.rollout.response_length)
-    evaluation = evaluation_prompts(held.in_order()) if len(held) else None
-    plan = plan_for(models, sft, reward)
-    return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
+def read_prompts(source: str, config: Config, tokenizer: Any, say: Say) -> PromptSet:
+    """The prompts of a file or data set, read as `data` says; raises DataError."""
+    data = config.data
+    return load_prompts(
+        source,
+        column=data.column,
+        split=data.split,
+        tokenizer=tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        warn=say,
+    )
+
+
+def score_with(config: Config, sources: Sequence[RewardSource], loaded: Loaded, rollout: Rollout) -> Scored:
+    """Scoring as a run is configured; raises as `score_rollout`."""
+    return score_rollout(
+        rollout,
+        loaded.roles,
+        temperature=config.rollout.temperature,
+        placement=config.ppo.score_placement,
+        rows=config.rollout.batch_rows,
+        extra=(lambda prompts, responses: combine(sources, prompts, responses)) if sources else None,
+        decode=loaded.decode,
+    )
 
 
 def load_everything(

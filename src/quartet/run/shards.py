@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quartet.distributed import Piece, ProcessEngine
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.roles import Roles
 from quartet.run.checkpoint import FILES, STATE, RunState, finish_checkpoint, load_checkpoint, read_state, write_state
 from quartet.run.checkpoint_folder import verify, written_whole
@@ -86,7 +86,7 @@ def load_any(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer, engin
                     stored.fill(piece, role, name, number)
                 except (KeyError, SafetensorError, RuntimeError) as error:
                     raise CheckpointError(
-                        f"{folder} holds other weights than this run's configuration trains ({role}: {name}, {error})"
+                        f"{folder} holds other weights than this run's configuration trains ({role}: {name}, {brief(error)})"
                     ) from error
                 number += 1
     engine.restored()
@@ -98,7 +98,7 @@ def _checked(act: Callable[[], None], final: Path) -> None:
         act()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); earlier checkpoints "
+            f"the checkpoint {final} could not be written ({cause_of(error)}); earlier checkpoints "
             f"are intact, free some space and go on with: quartet resume {final.parent.parent}"
         ) from error
 
