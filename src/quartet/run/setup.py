@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
 from quartet.records import Prompts
 from quartet.rewards.sources import RewardSource, build_sources
-from quartet.rollout.choose import make_engine
+from quartet.rollout.choose import make_engine, make_vllm_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.sharded import ShardedRollout
 from quartet.run.data import PromptSet, hold_out, load_prompts
@@ -129,13 +130,24 @@ def load_everything(config: Config, inputs: Inputs, say: Say, engine: ProcessEng
 
     optimizer = make_optimizer(roles, config.ppo)
     trained = engine.prepare(roles.trained, optimizer)
-    return Loaded(roles, engine, trained, optimizer, _generator(config, roles, engine, settings, say), decode)
+    return Loaded(roles, engine, trained, optimizer, _generator(config, inputs, roles, engine, settings, say), decode)
 
 
 def _generator(
-    config: Config, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
+    config: Config, inputs: Inputs, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
 ) -> RolloutEngine:
     name, policy = config.rollout.engine, roles.policy
+    if name == "vllm":
+        sft, origin = inputs.sft, inputs.sft.origin or inputs.sft.base
+        return make_vllm_engine(
+            policy,
+            settings,
+            config.rollout,
+            say,
+            longest_prompt=config.data.max_prompt_tokens,
+            names=(origin, sft.base, str(Path(origin).resolve())),
+            trust_remote_code=config.models.trust_remote_code,
+        )
     if not engine.cuts_weights:
         return make_engine(name, policy, settings, say)
     gather = config.distributed.gather_for_rollout
