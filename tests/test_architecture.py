@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import quartet
+from quartet.config import rollout as rollout_schema
 from quartet.config import schema
 
 ROOT = Path(quartet.__file__).parent
@@ -34,7 +35,8 @@ LAYERS = (
 )
 """Each may import those before it; `__init__` and `__main__` may import all."""
 FILES = sorted(ROOT.rglob("*.py"))
-SECTIONS = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Section)]
+NAMED = vars(schema) | vars(rollout_schema)
+SECTIONS = [value for value in NAMED.values() if isinstance(value, type) and issubclass(value, schema.Section)]
 FIELDS = sorted({(section.__name__, field) for section in SECTIONS for field in section.model_fields})
 
 
@@ -125,7 +127,7 @@ def attributes_read() -> set[str]:
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
 def test_every_configuration_field_is_explained_and_read(section: str, field: str) -> None:
-    model = getattr(schema, section)
+    model = NAMED[section]
     assert issubclass(model, BaseModel)
     assert model.model_fields[field].description
     assert field in attributes_read()

@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quartet.config import Config, load_config, parse_config
-from quartet.errors import CheckpointError, ConfigError, DataError, QuartetError, RewardError, TrainingError
+from quartet.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    QuartetError,
+    RewardError,
+    RolloutError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from quartet.trainer import resume, train
@@ -22,6 +30,7 @@ __all__ = [
     "DataError",
     "QuartetError",
     "RewardError",
+    "RolloutError",
     "TrainingError",
     "load_config",
     "parse_config",

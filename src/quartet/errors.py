@@ -5,6 +5,7 @@ QuartetError
 ├── CheckpointError   a model or run checkpoint: missing, unreadable, of the wrong kind, of another tokenizer
 ├── DataError         prompts: missing file, absent column, nothing usable
 ├── RewardError       a reward source: raised, timed out, returned the wrong count or something not finite
+├── RolloutError      a generation engine outside this program: not installed, not reachable, of another model
 ├── TrainingError     the run itself: a loss, score or gradient that is not finite
 └── Interrupted       the user stopped the run (Ctrl-C, SIGTERM)
 
@@ -61,6 +62,10 @@ class DataError(QuartetError):
 
 class RewardError(QuartetError):
     """A reward source failed or returned something that is not one finite number per episode."""
+
+
+class RolloutError(QuartetError):
+    """vLLM is not installed, cannot be reached or started, serves another model, or answered something else."""
 
 
 class TrainingError(QuartetError):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from quartet.errors import RewardError
-from quartet.rewards import HttpReward, http
+from quartet.rewards import HttpReward
+from quartet.rewards import endpoint as transport
 
 PROMPTS, RESPONSES = ["p", "q\u2028\ud800"], ["", "ä"]
 TOKEN = "secret-4711"
@@ -102,7 +103,7 @@ def test_slow_answer(endpoint, sleeps: Sleeps) -> None:
 
 def test_answer_that_drips(endpoint, sleeps: Sleeps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait is within the limit, the answer as a whole is not."""
-    monkeypatch.setattr(http, "_GRACE", 0.0)
+    monkeypatch.setattr(transport, "_GRACE", 0.0)
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
@@ -170,8 +171,8 @@ def test_answer_that_is_too_large(endpoint, sleeps: Sleeps, monkeypatch: pytest.
         while not endpoint.release.is_set():
             handler.wfile.write(b" " * 1000)
 
-    assert http.MAX_ANSWER_BYTES == 16 * 1024 * 1024
-    monkeypatch.setattr(http, "MAX_ANSWER_BYTES", 1000)
+    assert transport.MAX_ANSWER_BYTES == 16 * 1024 * 1024
+    monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 1000)
     endpoint.answer(200, b'{"rewards": [1, 2]}'.ljust(1000))
     endpoint.answer(200, b'{"rewards": [1, 2]}'.ljust(1001))
     endpoint.script.append(endless)
@@ -222,7 +223,7 @@ def test_password_in_the_address_is_refused_and_not_shown() -> None:
 
 def test_certificates_are_verified() -> None:
     """The opener's TLS context checks certificate and host name."""
-    opener = HttpReward("https://127.0.0.1/")._opener
+    opener = HttpReward("https://127.0.0.1/")._endpoint.opener
     contexts = [handler._context for handler in opener.handlers if hasattr(handler, "_context")]
     assert [context.verify_mode for context in contexts if context] == [ssl.CERT_REQUIRED]
     assert all(context.check_hostname for context in contexts if context)

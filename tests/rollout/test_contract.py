@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,8 +19,18 @@ from quartet.records import Prompts, Rollout
 from quartet.rollout import RolloutEngine, SamplingSettings
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.static import StaticEngine
+from quartet.rollout.vllm import VllmEngine
+from quartet.rollout.vllm_colocate import Colocated
+from quartet.rollout.vllm_server import Served
+from vllm_stand_in import install, serving
 
-ENGINES = {"dynamic": DynamicEngine, "static": StaticEngine}
+MakeEngine = Callable[[LanguageView, SamplingSettings], RolloutEngine]
+OWN: dict[str, MakeEngine] = {"dynamic": DynamicEngine, "static": StaticEngine}
+VLLM = {"vllm": bool(find_spec("vllm")), "vllm colocate stand-in": True, "vllm server stand-in": True}
+ENGINES = [
+    *OWN,
+    *(pytest.param(n, marks=[] if here else pytest.mark.skip("vLLM is not installed")) for n, here in VLLM.items()),
+]
 STOP, PAD, LENGTH = 7, 9, 10
 SETTINGS = SamplingSettings(
     response_length=LENGTH, temperature=1.0, top_p=1.0, stop_id=STOP, pad_id=PAD, batch_rows=4, seed=2
@@ -26,28 +39,52 @@ PROMPTS = (3, 8, 1, 5, 4, 6, 2, 3, 7)
 
 
 @pytest.fixture(scope="module")
-def policy() -> LanguageView:
+def policy(tmp_path_factory: pytest.TempPathFactory) -> LanguageView:
     """Twelve tokens and nearly flat logits: the stop token comes about once in twelve."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=12,
-        hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         intermediate_size=48,
         max_position_embeddings=64,
         pad_token_id=PAD,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    spec = BackboneSpec("sft", "none", "language_model", trainable=False)
+    folder = tmp_path_factory.mktemp("policy")
+    model.save_pretrained(folder)
+    spec = BackboneSpec("sft", str(folder), "language_model", trainable=False)
     return LanguageView(Backbone(spec, model, dtype=torch.float32), None, LogitHead(model))
 
 
+@cache
+def started(policy: LanguageView) -> Colocated:
+    """Started once: it takes long."""
+    return Colocated(policy, SETTINGS, share=0.05, tokens=64, trust_remote_code=False)
+
+
 @pytest.fixture(params=ENGINES)
-def engine_class(request: pytest.FixtureRequest) -> type[DynamicEngine] | type[StaticEngine]:
-    return ENGINES[request.param]
+def make_engine(
+    request: pytest.FixtureRequest, policy: LanguageView, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MakeEngine]:
+    if request.param in OWN:
+        yield OWN[request.param]
+    elif request.param == "vllm":
+        yield lambda policy, settings: VllmEngine(policy, settings, started(policy))
+    elif request.param == "vllm colocate stand-in":
+        install(monkeypatch)
+        yield lambda policy, settings: VllmEngine(
+            policy, settings, Colocated(policy, settings, share=0.3, tokens=64, trust_remote_code=False)
+        )
+    else:
+        checkpoint = policy.backbone.spec.checkpoint
+        with serving(checkpoint) as server:
+            yield lambda policy, settings: VllmEngine(
+                policy, settings, Served(policy, settings, server.url, timeout=20.0, names=(checkpoint,))
+            )
 
 
 def prompts(chosen: slice = slice(None)) -> Prompts:
@@ -64,9 +101,9 @@ def rollout(engine: RolloutEngine) -> Rollout:
     return result
 
 
-def test_shapes_and_types(engine_class: type, policy: LanguageView) -> None:
+def test_shapes_and_types(make_engine: MakeEngine, policy: LanguageView) -> None:
     given = prompts()
-    result = engine_class(policy, SETTINGS).generate(given)
+    result = make_engine(policy, SETTINGS).generate(given)
     shape = (len(PROMPTS), LENGTH)
     assert result.prompts is given
     assert (result.tokens.shape, result.tokens.dtype) == (shape, torch.int64)
@@ -78,9 +115,9 @@ def test_shapes_and_types(engine_class: type, policy: LanguageView) -> None:
 
 
 def test_a_response_is_a_prefix_that_ends_with_the_stop_token_or_at_full_length(
-    engine_class: type, policy: LanguageView
+    make_engine: MakeEngine, policy: LanguageView
 ) -> None:
-    result = rollout(engine_class(policy, SETTINGS))
+    result = rollout(make_engine(policy, SETTINGS))
     for tokens, mask, stopped in zip(
         result.tokens.tolist(), result.response_mask.tolist(), result.stopped, strict=True
     ):
@@ -92,38 +129,38 @@ def test_a_response_is_a_prefix_that_ends_with_the_stop_token_or_at_full_length(
         assert stopped or length == LENGTH
 
 
-def test_logprobs_are_kept_inside_the_mask_and_zero_outside(engine_class: type, policy: LanguageView) -> None:
-    result = rollout(engine_class(policy, SETTINGS))
+def test_logprobs_are_kept_inside_the_mask_and_zero_outside(make_engine: MakeEngine, policy: LanguageView) -> None:
+    result = rollout(make_engine(policy, SETTINGS))
     assert (result.logprobs[~result.response_mask] == 0).all()
     inside = result.logprobs[result.response_mask]
     assert (inside < 0).all()
     assert (inside > -10).all()
 
 
-def test_the_sampled_pad_token_counts(engine_class: type, policy: LanguageView) -> None:
+def test_the_sampled_pad_token_counts(make_engine: MakeEngine, policy: LanguageView) -> None:
     """Pad is a token of the vocabulary like others: only the mask says where a response ends."""
-    result = rollout(engine_class(policy, SETTINGS))
+    result = rollout(make_engine(policy, SETTINGS))
     assert (result.tokens[result.response_mask] == PAD).any()
 
 
-def test_padding_with_the_stop_token_stops_nothing(engine_class: type, policy: LanguageView) -> None:
+def test_padding_with_the_stop_token_stops_nothing(make_engine: MakeEngine, policy: LanguageView) -> None:
     """Many tokenizers have no pad token and use the end of the text for it."""
-    expected = rollout(engine_class(policy, SETTINGS))
-    found = rollout(engine_class(policy, replace(SETTINGS, pad_id=STOP)))
+    expected = rollout(make_engine(policy, SETTINGS))
+    found = rollout(make_engine(policy, replace(SETTINGS, pad_id=STOP)))
     assert torch.equal(found.stopped, expected.stopped)
     assert torch.equal(found.response_mask, expected.response_mask)
     assert (found.tokens[~found.response_mask] == STOP).all()
 
 
-def test_without_a_stop_token_every_response_is_full(engine_class: type, policy: LanguageView) -> None:
-    result = engine_class(policy, replace(SETTINGS, stop_id=None)).generate(prompts())
+def test_without_a_stop_token_every_response_is_full(make_engine: MakeEngine, policy: LanguageView) -> None:
+    result = make_engine(policy, replace(SETTINGS, stop_id=None)).generate(prompts())
     assert result.response_mask.all()
     assert not result.stopped.any()
     assert (result.tokens == STOP).any()
 
 
-def test_decoding_ends_with_the_longest_response(engine_class: type, policy: LanguageView) -> None:
-    engine = engine_class(policy, replace(SETTINGS, batch_rows=len(PROMPTS)))
+def test_decoding_ends_with_the_longest_response(make_engine: MakeEngine, policy: LanguageView) -> None:
+    engine = make_engine(policy, replace(SETTINGS, batch_rows=len(PROMPTS)))
     result = engine.generate(prompts())
     short = result.response_mask.sum(-1).argsort()[:3].tolist()
     given = prompts()
@@ -136,41 +173,42 @@ def test_decoding_ends_with_the_longest_response(engine_class: type, policy: Lan
     assert result.decode_steps == LENGTH - 1
 
 
-def test_one_token_needs_no_decode_step(engine_class: type, policy: LanguageView) -> None:
-    result = engine_class(policy, replace(SETTINGS, response_length=1)).generate(prompts())
+def test_one_token_needs_no_decode_step(make_engine: MakeEngine, policy: LanguageView) -> None:
+    result = make_engine(policy, replace(SETTINGS, response_length=1)).generate(prompts())
     assert result.tokens.shape == (len(PROMPTS), 1)
     assert result.response_mask.all()
     assert result.decode_steps == 0
 
 
-def test_an_episode_samples_the_same_whatever_its_company(engine_class: type, policy: LanguageView) -> None:
-    whole = engine_class(policy, SETTINGS).generate(prompts())
-    part = engine_class(policy, replace(SETTINGS, batch_rows=1)).generate(prompts(slice(3, 6)))
+def test_an_episode_samples_the_same_whatever_its_company(make_engine: MakeEngine, policy: LanguageView) -> None:
+    whole = make_engine(policy, SETTINGS).generate(prompts())
+    part = make_engine(policy, replace(SETTINGS, batch_rows=1)).generate(prompts(slice(3, 6)))
     assert torch.equal(part.tokens, whole.tokens[3:6])
 
 
-def test_seed_and_episode_number_decide(engine_class: type, policy: LanguageView) -> None:
-    first = engine_class(policy, SETTINGS).generate(prompts())
-    again = engine_class(policy, SETTINGS).generate(prompts())
-    other = engine_class(policy, replace(SETTINGS, seed=3)).generate(prompts())
+def test_seed_and_episode_number_decide(make_engine: MakeEngine, policy: LanguageView) -> None:
+    first = make_engine(policy, SETTINGS).generate(prompts())
+    again = make_engine(policy, SETTINGS).generate(prompts())
+    other = make_engine(policy, replace(SETTINGS, seed=3)).generate(prompts())
     renumbered = replace(prompts(), episodes=tuple(range(len(PROMPTS))))
-    moved = engine_class(policy, SETTINGS).generate(renumbered)
+    moved = make_engine(policy, SETTINGS).generate(renumbered)
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.logprobs, again.logprobs)
     assert not torch.equal(first.tokens, other.tokens)
     assert not torch.equal(first.tokens, moved.tokens)
 
 
-def test_greedy_ignores_the_seed_and_takes_the_most_likely(engine_class: type, policy: LanguageView) -> None:
-    first = engine_class(policy, SETTINGS).generate(prompts(), greedy=True)
-    other = engine_class(policy, replace(SETTINGS, seed=3)).generate(prompts(), greedy=True)
+def test_greedy_ignores_the_seed_and_takes_the_most_likely(make_engine: MakeEngine, policy: LanguageView) -> None:
+    first = make_engine(policy, SETTINGS).generate(prompts(), greedy=True)
+    other = make_engine(policy, replace(SETTINGS, seed=3)).generate(prompts(), greedy=True)
     assert torch.equal(first.tokens, other.tokens)
     inside = first.logprobs[first.response_mask]
     assert (inside.exp() >= 1 / 12).all()  # the most likely of twelve tokens has at least the mean probability
 
 
 def test_engines_agree(policy: LanguageView) -> None:
-    results = [engine(policy, SETTINGS).generate(prompts()) for engine in ENGINES.values()]
+    """Those that draw by the same numbers; vLLM has its own."""
+    results = [engine(policy, SETTINGS).generate(prompts()) for engine in OWN.values()]
     assert torch.equal(results[0].tokens, results[1].tokens)
     assert torch.equal(results[0].response_mask, results[1].response_mask)
     torch.testing.assert_close(results[0].logprobs, results[1].logprobs, atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """The configuration: one YAML file, validated once, frozen afterwards."""
 
 from quartet.config.load import load_config, parse_config, read_plain
+from quartet.config.rollout import RolloutConfig, VllmConfig
 from quartet.config.schema import (
     Config,
     DataConfig,
@@ -10,7 +11,6 @@ from quartet.config.schema import (
     OptimizerConfig,
     PPOConfig,
     RewardSourceConfig,
-    RolloutConfig,
     RunConfig,
 )
 
@@ -25,6 +25,7 @@ __all__ = [
     "RewardSourceConfig",
     "RolloutConfig",
     "RunConfig",
+    "VllmConfig",
     "load_config",
     "parse_config",
     "read_plain",

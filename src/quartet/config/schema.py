@@ -6,15 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from quartet.config.rollout import RolloutConfig
 from quartet.config.values import (
     Finite,
     NonNegative,
     NonNegativeInt,
-    Number,
     Place,
     Positive,
     PositiveInt,
-    Probability,
     RightGradients,
     Section,
     UnitInterval,
@@ -133,30 +132,6 @@ class RewardSourceConfig(Section):
         if (self.function is None) == (self.url is None):
             raise ValueError("an entry of rewards needs exactly one of function and url")
         return self
-
-
-class RolloutConfig(Section):
-    """How responses are sampled."""
-
-    batch_size: PositiveInt = 64
-    """Episodes per iteration."""
-    response_length: PositiveInt = 64
-    """Most tokens of a response."""
-    temperature: Positive = 1.0
-    """Softmax temperature of sampling; the trainer's log-probabilities use it too."""
-    top_p: Probability = 1.0
-    """Nucleus sampling. Below 1 the sampler is not the policy that is trained, and KL estimates are biased."""
-    stop: Annotated[str | int | None, Number] = "eos"
-    """Token that ends a response: `eos`, another token's text or id, or null to run to response_length."""
-    engine: Literal["auto", "static", "dynamic"] = "auto"
-    """Generation engine. static: preallocated cache with refill; dynamic: any model with a cache; auto chooses."""
-    cuda_graphs: bool = True
-    """Static engine on a GPU: record decoding steps as CUDA graphs and play them back. Nothing changes elsewhere."""
-    correct_rollout: bool = False
-    """Compute the log-probabilities of the responses once more as training does, so that the update starts at a ratio of
-    exactly 1; for engines or precisions that differ (see rollout/logprob_gap)."""
-    batch_rows: PositiveInt = 32
-    """Rows decoded at once; more is faster and needs more memory for the cache."""
 
 
 class OptimizerConfig(Section):

@@ -80,6 +80,11 @@ def refuse_impossible(config: Config, name: str, world_size: int) -> None:
         raise ConfigError(
             f"distributed.engine=none is for one process, and {world_size} were started; use distributed.engine=auto"
         )
+    if config.rollout.engine == "vllm" and name != "none":
+        raise ConfigError(
+            f"rollout.engine=vllm works with a run of one process, and distributed.engine={name} was chosen for {world_size}; "
+            "use rollout.engine=auto"
+        )
     count, minibatches = config.rollout.batch_size, config.ppo.minibatches
     if count % (minibatches * world_size):
         raise ConfigError(

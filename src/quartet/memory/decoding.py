@@ -20,7 +20,12 @@ from quartet.rollout.static_decoder import Decoder, generating, rounded
 
 
 def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
-    """Run what the chosen engine runs; `auto` is the preallocated cache where it can drive the model."""
+    """Run what the chosen engine runs; `auto` is the preallocated cache where it can drive the model.
+
+    vLLM's own memory is not of this process: on a GPU it is the share that `rollout.vllm.gpu_memory_utilization` names.
+    """
+    if choices.rollout_engine == "vllm":
+        return
     with roles.policy.backbone.weights.whole() if choices.gather_for_rollout else nullcontext():
         _decoding(trace, roles, choices, workload)
 

@@ -19,7 +19,7 @@ def episode_uniforms(seed: int, episodes: tuple[int, ...], length: int) -> Tenso
     """
     rows = []
     for episode in episodes:
-        generator = torch.Generator().manual_seed(_mix(seed, episode))
+        generator = torch.Generator().manual_seed(episode_seed(seed, episode))
         rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
     return torch.stack(rows)
 
@@ -93,7 +93,7 @@ def _inverse_top_p(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tens
     return index.gather(-1, choice[:, None]).squeeze(-1)
 
 
-def _mix(seed: int, episode: int) -> int:
+def episode_seed(seed: int, episode: int) -> int:
     """One 63-bit seed from two numbers (SplitMix64's finaliser), so that neighbours are unrelated."""
     state = (seed * 0x9E3779B97F4A7C15 + episode + 1) & 0xFFFFFFFFFFFFFFFF
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

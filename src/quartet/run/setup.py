@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
 from quartet.records import Prompts, Rollout, Scored
 from quartet.rewards.sources import RewardSource, build_sources, combine
-from quartet.rollout.choose import make_engine
+from quartet.rollout.choose import make_engine, make_vllm_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.sharded import ShardedRollout
 from quartet.run.data import PromptSet, hold_out, load_prompts
@@ -170,14 +171,25 @@ def load_everything(
         return text
 
     with measuring("rollout"):  # it tries a few steps
-        generator = _generator(config, roles, engine, settings, say)
+        generator = _generator(config, inputs, roles, engine, settings, say)
     return Loaded(roles, engine, trained, optimizer, generator, decode)
 
 
 def _generator(
-    config: Config, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
+    config: Config, inputs: Inputs, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
 ) -> RolloutEngine:
     name, policy = config.rollout.engine, roles.policy
+    if name == "vllm":
+        sft, origin = inputs.sft, inputs.sft.origin or inputs.sft.base
+        return make_vllm_engine(
+            policy,
+            settings,
+            config.rollout,
+            say,
+            longest_prompt=config.data.max_prompt_tokens,
+            names=(origin, sft.base, str(Path(origin).resolve())),
+            trust_remote_code=config.models.trust_remote_code,
+        )
     if not engine.cuts_weights:
         return make_engine(name, policy, settings, say, cuda_graphs=config.rollout.cuda_graphs)
     free = free_memory(policy.backbone.device, engine.processes_here)

@@ -21,6 +21,8 @@ def refuse_untrusted(config: Config, run: Path) -> None:
     """
     named = [f"the reward function {entry.function}" for entry in config.rewards if entry.function is not None]
     named += [f"the reward endpoint {_host(entry.url)}" for entry in config.rewards if entry.url is not None]
+    if config.rollout.vllm.url is not None:
+        named.append(f"the vLLM server {_host(config.rollout.vllm.url)}")
     if config.models.trust_remote_code:
         named.append("the code that its checkpoints bring along (models.trust_remote_code)")
     if named:
