@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from quartet.errors import CheckpointError, ConfigError, brief
 from quartet.models.checkpoint_info import CheckpointInfo
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Files that hold a vocabulary: where there is one, a tokenizer that cannot be read is damaged and not missing."""
 
 
 def load_tokenizer(sft: CheckpointInfo, reward: CheckpointInfo) -> tuple[Any, list[str]]:
