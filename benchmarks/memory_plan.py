@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three small configurations")
     parser.add_argument("--json", type=Path, help="write all raw figures here")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the file of --json holds, measure what it lacks"
+    )
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's thresholds as they are")
     options = parser.parse_args()
     table(options)
@@ -56,7 +59,10 @@ def main() -> None:
 def table(options: argparse.Namespace) -> None:
     """Run every configuration and print predicted, measured and their difference."""
     chosen = {n: s for n, s in configurations().items() if (not options.quick or n in QUICK) and options.only in n}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if options.resume and options.json and options.json.exists():
+        rows = rows_of_before(options)
+    known = {row["name"]: row for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for size in sorted({spec["size"] for spec in chosen.values()}):
@@ -66,15 +72,26 @@ def table(options: argparse.Namespace) -> None:
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
-            predicted, measured = predict(root, spec), measured_alone(root, spec, options.default_malloc)
-            rows.append({"name": name, "spec": spec, "predicted": predicted, **measured})
-            save(options, rows)
-            print(line(name, predicted, measured), flush=True)
+            if name not in known:
+                predicted, measured = predict(root, spec), measured_alone(root, spec, options.default_malloc)
+                known[name] = {"name": name, "spec": spec, "predicted": predicted, **measured}
+                rows.append(known[name])
+                save(options, rows)
+            print(line(name, known[name]["predicted"], known[name]), flush=True)
     compared = ("rollout", "scoring", "update")
     worst = max((abs(difference(row, phase)), row["name"], phase) for row in rows for phase in compared)
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
     loads = max(abs(r["predicted"]["phases"]["load"]["peak"] - r["measured"]["load"]) for r in rows) / 2**20
     print(f"largest difference in load: {loads:.1f} MiB")
+
+
+def rows_of_before(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of an earlier run; it must have been one on the same machine and versions."""
+    before = json.loads(options.json.read_text())
+    if before["machine"] != machine():
+        raise SystemExit(f"{options.json} was measured otherwise; leave out --resume to measure all rows again")
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

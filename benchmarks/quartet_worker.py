@@ -91,8 +91,10 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     probe.enter("rollout")
     rollout = loaded.rollout.generate(prompts)
     settle(config.models.device)
+    return_gaps()  # as `Session.timed` does after every stage
     probe.enter("scoring")
     scored = session.score(rollout)
+    return_gaps()
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
     settle(config.models.device)
     probe.enter("update")

@@ -240,8 +240,7 @@ class Session:
         start = time.perf_counter()
         with self.memory.measuring(stage):
             yield
-        if stage == "update":
-            return_gaps()
+        return_gaps()
         self._seconds[stage] = time.perf_counter() - start
 
     def _enter(self, stage: str) -> None:
