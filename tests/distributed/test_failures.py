@@ -100,8 +100,9 @@ def test_an_error_of_one_process_is_that_of_all(tiny_run: TinyRun, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_process_ends_the_others(tiny_run: TinyRun, tmp_path: Path) -> None:
-    values = tiny_run(**{"ppo.iterations": 3, "run.save_every": 1, "distributed.engine": "ddp"})
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_killed_process_ends_the_others(engine: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    values = tiny_run(**{"ppo.iterations": 3, "run.save_every": 1, "distributed.engine": engine})
     start = time.monotonic()
     survivor, killed = run_processes(tmp_path / "results", 2, train_until_killed, values)
     assert killed is None

@@ -146,3 +146,5 @@ def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimi
     assert [b.weights for b in four.backbones] == [b.weights / weights for b in one.backbones]
     for mine, whole in zip(four.roles, one.roles, strict=True):
         assert (mine.gradients, mine.optimizer) == (whole.gradients / gradients, whole.optimizer / optimizer)
+    # A share of a weight in a file is a copy of it.
+    assert [b.mapped > 0 for b in four.backbones] == [not b.trained and weights == 1 for b in four.backbones]

@@ -1,0 +1,60 @@
+"""What engines hold beside a process's shares, by hand for small sizes; benchmarks/scaling.py measures it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quartet.memory.choices import Choices
+from quartet.memory.sharding import Pieces, extra_bytes, loading_bytes, resting_gradients
+
+PIECES = Pieces(
+    policy_bytes=4000,
+    width=4,
+    layer=100,
+    outside=300,
+    head=120,
+    largest=130,
+    trained=1500,
+    largest_trained=130,
+    full=True,
+)
+
+
+def choices(engine: str, **changes: Any) -> Choices:
+    return Choices("separate", None, "float32", False, 1, 2, world_size=4, engine=engine, **changes)
+
+
+@pytest.mark.parametrize(
+    ("engine", "rollout", "scoring", "update"),
+    [
+        ("none", 0, 0, 0),
+        # Everything that is trained fits into one bucket: 1500 numbers of 4 bytes.
+        ("ddp", 0, 0, 6000),
+        ("zero2", 0, 0, 12000),
+        # The policy beside the bucket; a weight and its parts and the LM head beside it; the sum of a bucket as well.
+        ("zero3", 4000 + 6000, (2 * 130 + 120) * 4 + 6000, (2 * 130 + 120) * 4 + 12000),
+        # Outside of the layers, twice as it comes; three layers, and gradients of two and of what is outside of them.
+        ("fsdp2", 4000, (300 + 300) * 4, (300 + 300) * 4 + (300 + 200) * 4),
+    ],
+)
+def test_beside_the_shares(engine: str, rollout: float, scoring: float, update: float) -> None:
+    asked = choices(engine, gather_for_rollout=engine in ("zero3", "fsdp2"))
+    found = [extra_bytes(phase, asked, PIECES, cuda=False) for phase in ("rollout", "scoring", "update")]
+    assert found == [rollout, scoring, update]
+
+
+def test_on_a_gpu_weights_are_fetched_ahead() -> None:
+    """DeepSpeed's prefetch of 50 million numbers."""
+    held = [extra_bytes("scoring", choices("zero3"), PIECES, cuda=cuda) for cuda in (False, True)]
+    assert held[1] - held[0] == 50_000_000 * 4
+
+
+def test_while_loading() -> None:
+    # Stage 2 copies its share and makes gradients; stage 3 makes gradients for one group more, before the frozen rest.
+    assert loading_bytes(choices("zero2"), 100, 0, cuda=False) == 200
+    assert loading_bytes(choices("zero3"), 100, 0, cuda=False) == 300
+    assert loading_bytes(choices("zero3"), 100, 500, cuda=False) == 100
+    assert loading_bytes(choices("fsdp2"), 100, 0, cuda=False) == 0
+    assert (resting_gradients(choices("zero2"), 7), resting_gradients(choices("zero3"), 7)) == (0, 7)
