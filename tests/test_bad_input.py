@@ -148,6 +148,11 @@ class TestConfiguration:
     def test_odd_yaml(self, text: str, run: Run) -> None:
         assert REACHED not in run(text.encode())
 
+    def test_a_key_given_twice_is_named(self, run: Run, valid: dict[str, Any]) -> None:
+        said = run(yaml.safe_dump(valid).encode() + b"ppo: {epochs: 1}\n")
+        assert "is not readable as YAML: " in said
+        assert "duplicate key ppo in line" in said
+
     @pytest.mark.parametrize("key", ["models.sft", "models.reward", "data.prompts", "data.eval_prompts", "run.dir"])
     @pytest.mark.parametrize(
         "value", ["\x00", "a" * 5000, "\ud800", "..", ".", "/", "~nobody/x", "a/b", " ", "\U0010ffff"]

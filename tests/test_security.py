@@ -257,6 +257,39 @@ def test_an_index_that_leads_out_of_the_folder(tiny_run: TinyRun, library: Any, 
         open_checkpoint(models, "sft")
 
 
+def test_a_safetensors_index_that_leads_out_of_the_folder(tiny_run: TinyRun, library: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(library.path("llama", "sft"), tmp_path / "sft"))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    models = parse_config(tiny_run(**{"models.sft": str(folder)})).models
+    for weight_map in ({"a": "../outside.safetensors"}, {"a": str(tmp_path / "outside.safetensors")}, {}, [], None):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="does not name the files beside it"):
+            open_checkpoint(models, "sft")
+
+
+def test_the_runs_own_configuration_fills_nothing_in_and_has_no_key_twice(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder from elsewhere may not have the environment's secrets told."""
+    run = train(tiny_run())
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    plain = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(plain.replace("kl_coef: 0.05", "kl_coef: ${oc.env:A_SECRET}"))
+    capsys.readouterr()
+    assert "hunter2" not in one_sentence(main(["resume", str(run)]), capsys)
+    (run / "config.yaml").write_text(plain + "run: {seed: 4}\n")
+    assert "found duplicate key run in line" in one_sentence(main(["resume", str(run)]), capsys)
+
+
+def test_a_place_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def closed(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/root/\x1b[31mred")
+
+    monkeypatch.setattr("quartet.config.load_config", closed)
+    said = one_sentence(main(["train", "x.yaml"]), capsys)
+    assert said == "quartet: no permission to use '/root/\\x1b[31mred'; check whose it is\n"
+
+
 def test_remote_code_is_shown_when_on(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_run(**{"models.trust_remote_code": True}))
     assert "models.trust_remote_code is on: code that the checkpoints bring along runs" in capsys.readouterr().out

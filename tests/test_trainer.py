@@ -111,14 +111,32 @@ RESUMED = {
 """Six prompts in batches of four: every second iteration ends in the middle of a pass."""
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "separate": {"models.sharing": "separate"},
+    "separate with LoRA": {"models.sharing": "separate", **LORA},
+    "single": {"models.sharing": "single", **LORA},
+    "paired": {"models.sharing": "paired", **LORA},
+    "frozen layers": {"models.freeze_layers": 1},
+    "trunk": {"models.value_model": "trunk", "models.value_head_init": "zero"},
+}
+
+
 @pytest.mark.parametrize(
     ("plan", "at", "stage"),
-    [("separate", 4, "update"), ("separate", 4, "checkpoint"), ("single", 3, "rollout"), ("paired", 3, "evaluation")],
+    [
+        *[
+            ("separate", 4, "update"),
+            ("separate", 4, "checkpoint"),
+            ("single", 3, "rollout"),
+            ("paired", 3, "evaluation"),
+        ],
+        *[("frozen layers", 4, "update"), ("trunk", 4, "scoring"), ("separate with LoRA", 3, "update")],
+    ],
 )
 def test_resuming_gives_the_uninterrupted_run(
     plan: str, at: int, stage: str, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {**RESUMED, **({} if plan == "separate" else LORA), "models.sharing": plan}
+    changes = {**RESUMED, **WAYS[plan]}
     values = tiny_run("llama", "sft", "reward-lora" if plan == "single" else "reward", **changes)
     whole = train(values)
     broken = Path(values["run"]["dir"]).with_name("broken")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,24 @@ def test_text_of_a_model_stays_text() -> None:
     assert page.pre[::3] == HARM
     assert page.pre[1::3] == page.pre[2::3] == HARM[::-1]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed; the test above reads the page with a parser")
+def test_text_of_a_model_stays_text_in_a_browser(tmp_path: Path) -> None:
+    """The page as the browser holds it after it ran whatever it would run."""
+    samples = [sample(i, prompt, response) for i in (0, 5) for prompt, response in zip(HARM, HARM[::-1], strict=True)]
+    (tmp_path / "report.html").write_text(render("run", [RECORD], samples), "utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    address = (tmp_path / "report.html").as_uri()
+    shown = subprocess.run([str(BROWSER), *options, address], capture_output=True, timeout=120, check=True).stdout
+    page = Page(shown.decode())
+    assert not {"script", "img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("style") == 1
+    assert "harmed" not in shown.decode().partition("</title>")[0]
+    assert page.pre[::3][:6] == HARM[:6]
 
 
 def test_a_few_iterations_stand_side_by_side() -> None:
