@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,7 +80,10 @@ class Model:
     def complete(self, prompt: list[int], params: SamplingParams, adapter: str | None) -> CompletionOutput:
         model: Any = self.base
         if adapter is not None:
-            model = PeftModel.from_pretrained(self.base, adapter).eval()
+            with warnings.catch_warnings():
+                # PEFT asks the model by a name that newer transformers deprecate.
+                warnings.simplefilter("ignore", FutureWarning)
+                model = PeftModel.from_pretrained(self.base, adapter).eval()
         try:
             return self._draw(model, prompt, params)
         finally:
