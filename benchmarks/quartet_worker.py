@@ -89,14 +89,12 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     prompts = session.next_prompts()
     probe.enter("rollout")
     rollout = loaded.rollout.generate(prompts)
-    return_gaps()
     probe.enter("scoring")
     scored = session.score(rollout)
-    return_gaps()
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
     probe.enter("update")
     updater.update(batch, iteration=session.state.iteration + 1)
-    return_gaps()  # as `Session.timed` does after every stage
+    return_gaps()  # as `Session.timed` does
     probe.enter("between")
     return {
         "phases": probe.take(),
