@@ -91,16 +91,14 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     probe.enter("rollout")
     rollout = loaded.rollout.generate(prompts)
     settle(config.models.device)
-    return_gaps()  # as `Session.timed` does after every stage
     probe.enter("scoring")
     scored = session.score(rollout)
-    return_gaps()
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
     settle(config.models.device)
     probe.enter("update")
     updater.update(batch, iteration=session.state.iteration + 1)
     settle(config.models.device)
-    return_gaps()
+    return_gaps()  # as `Session.timed` does
     probe.enter("between")
     return {
         "phases": probe.take(),

@@ -35,8 +35,8 @@ def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool) -> bool:
 def return_gaps() -> None:
     """Make the C library return what it keeps of freed tensors now; it goes on keeping what is freed later.
 
-    A stage leaves gaps as large as its activations, which the next stage's tensors, of other sizes, fill badly. Returning and
-    fetching again half a gigabyte takes a few tenths of a second of one core.
+    An update leaves gaps as large as its activations, which the tensors of rollout and scoring, of other sizes, fill badly.
+    Returning and fetching again half a gigabyte takes a few tenths of a second of one core.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

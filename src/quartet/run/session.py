@@ -240,7 +240,8 @@ class Session:
         start = time.perf_counter()
         with self.memory.measuring(stage):
             yield
-        return_gaps()
+        if stage == "update":
+            return_gaps()
         self._seconds[stage] = time.perf_counter() - start
 
     def _enter(self, stage: str) -> None:
