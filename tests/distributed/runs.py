@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,24 @@ def resume_run(run: str) -> str:
 
 
 class Killed(Progress):
-    """Kills its process, as the system does where memory runs out, when iteration 2 begins its update."""
+    """Kills its process, as the system does where memory runs out, when iteration 2 begins its update; `when` then holds
+    the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, when: Path) -> None:
         super().__init__()
+        self._when = when
         self._rollouts = 0
 
     def stage(self, name: str) -> None:
         self._rollouts += name == "rollout"
         if self._rollouts == 2 and name == "update":
+            self._when.write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_until_killed(values: dict[str, Any]) -> str:
+def train_until_killed(values: dict[str, Any], when: Path) -> str:
     """A run whose last process dies."""
-    return str(train(values, progress=Killed() if os.environ["RANK"] == "1" else None))
+    return str(train(values, progress=Killed(when) if os.environ["RANK"] == "1" else None))
 
 
 def train_with_own(values: dict[str, Any], key: str, own: list[Any]) -> str:

@@ -103,12 +103,31 @@ class Zero3(ZeroEngine):
     def _cut(self, module: nn.Module) -> None:
         """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
         self._deepspeed.zero.Init(
-            module=module, config_dict_or_path=self._configuration, mem_efficient_linear=False, dtype=torch.float32
+            module=Copies(module),
+            config_dict_or_path=self._configuration,
+            mem_efficient_linear=False,
+            dtype=torch.float32,
         )
 
     def _initialized(self, **options: Any) -> Any:
         engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
         return engine
+
+
+class Copies(nn.Module):
+    """Gives the weights of a module one by one, each as a copy made just then: DeepSpeed writes the main process's numbers
+    into them, and pages of a mapped file that were written to stay in memory as long as the file is mapped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_module", module)  # no submodule
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The weights."""
+        module: nn.Module = object.__getattribute__(self, "_module")
+        for parameter in module.parameters(recurse):
+            parameter.data = parameter.data.clone()
+            yield parameter
 
 
 class Zero3Weights:

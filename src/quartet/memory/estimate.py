@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -109,20 +110,23 @@ class Estimator:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
         shape = self._shape("language_model", 0)
         work = self._simulator.working(name, plan, choices, shape)
-        fixed = ledger.fixed(name)
+        fixed, cuda = ledger.fixed(name), self.device.type == "cuda"
+        extra = partial(extra_bytes, name, choices, self._pieces(plan, choices), cuda=cuda)
+        at = max(work.peaks, key=lambda label: sum(work.peaks[label].values()) + extra(at=label))
+        held = work.peaks[at]
         return replace(
             fixed,
             weights=fixed.weights - self._away(name, plan, choices, ledger),
-            gradients=work.held[GRADIENTS] * widened(choices, plan) / gradient_shards(choices)
+            gradients=held[GRADIENTS] * widened(choices, plan) / gradient_shards(choices)
             if name == "update"
             else resting_gradients(choices, fixed.gradients),
-            activations=work.held[ACTIVATIONS],
-            kv_cache=work.held[CACHE],
-            logits=work.held[LOGITS],
+            activations=held[ACTIVATIONS],
+            kv_cache=held[CACHE],
+            logits=held[LOGITS],
             trunk_states=0 if name == "rollout" else self._trunk_states(plan, choices),
-            gathered=extra_bytes(name, choices, self._pieces(plan, choices), cuda=self.device.type == "cuda"),
+            gathered=extra(at=at),
             libraries=fixed.libraries + self._kernels(plan, choices),
-            at=work.at,
+            at=at,
         )
 
     def _kernels(self, plan: SharingPlan, choices: Choices) -> float:

@@ -34,6 +34,8 @@ class Working:
     at: str
     """The stretch of code where the peak is."""
     held: Bytes
+    peaks: dict[str, Bytes]
+    """Of every stretch of the code."""
     products: frozenset[tuple[object, ...]] = frozenset()
     """Its different matrix products in bfloat16."""
 
@@ -83,8 +85,8 @@ class Simulator:
         more = min(few + shape.period, total)
         traces = [self._trace(phase, plan, choices, depth, trunk) for depth in dict.fromkeys((few, more))]
         share = 0.0 if more == few else (total - few) / (more - few)
-        label, held = largest(at_depth(_labelled(traces[0]), _labelled(traces[-1]), share))
-        return Working(label, held, frozenset(traces[-1].products))
+        peaks = at_depth(_labelled(traces[0]), _labelled(traces[-1]), share)
+        return Working(*largest(peaks), peaks, frozenset(traces[-1].products))
 
     def _trace(self, phase: str, plan: SharingPlan, choices: Choices, depth: int, trunk: int) -> MemoryTrace:
         small = self._roles(plan, choices, depth, trunk)

@@ -77,8 +77,12 @@ def pieces_of(
     )
 
 
-def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool) -> float:
-    """Bytes in a phase beside a process's share of weights, gradients and state."""
+def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at: str = "") -> float:
+    """Bytes in a phase beside a process's share of weights, gradients and state.
+
+    Args:
+        at: the stretch of the code.
+    """
     engine, travel = choices.engine, Travel.of(cuda=cuda)
     bucket = min(travel.bucket, pieces.trained) * FLOAT
     if engine == "ddp":
@@ -101,6 +105,8 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool) -> 
     gathered = (pieces.outside + max(2 * pieces.layer, pieces.outside)) * pieces.width
     if phase != "update":
         return gathered
+    if "logits" in at:  # between forward and backward: no layer is there
+        return pieces.outside * pieces.width + (pieces.head * FLOAT if pieces.full else 0)
     # Backward: another layer is fetched ahead, and a layer's gradients are whole, once as they come and once to be sent.
     gathered = (pieces.outside + 3 * pieces.layer) * pieces.width
     if pieces.full:
