@@ -63,7 +63,8 @@ def kill_at_operation(number: int) -> Prepare:
 
 
 def limit_file_size(*, after_checkpoint: int, limit: int) -> Prepare:
-    """The kernel refuses to let any file grow beyond `limit` bytes, from the checkpoint after `after_checkpoint` on."""
+    """The kernel refuses to let any file grow beyond `limit` bytes, while checkpoints after `after_checkpoint`
+    are saved."""
 
     def prepare() -> None:
         from quartet.run import checkpoint
@@ -74,7 +75,10 @@ def limit_file_size(*, after_checkpoint: int, limit: int) -> Prepare:
         def saving(folder: Path, roles: Any, optimizer: Any, state: Any, **options: Any) -> Any:
             if state.iteration > after_checkpoint:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            return save(folder, roles, optimizer, state, **options)
+            try:
+                return save(folder, roles, optimizer, state, **options)
+            finally:  # what the run prints goes to a file here, and has to be seen
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         _replace("quartet.run.store", "save_checkpoint", saving)
 
