@@ -127,6 +127,7 @@ class LLM:
     max_num_seqs: int | None = None
     logprobs_mode: str = "raw_logprobs"
     enable_sleep_mode: bool = False
+    enforce_eager: bool = False
     enable_lora: bool = False
     max_loras: int = 1
     max_lora_rank: int = 16

@@ -47,6 +47,8 @@ class Colocated:
             "max_num_seqs": settings.batch_rows,
             "logprobs_mode": logprobs_mode(settings),
             "enable_sleep_mode": self._sleeps,
+            # On the CPU vLLM would compile for minutes at each start.
+            "enforce_eager": backbone.device.type == "cpu",
         }
         if self._adapter is not None:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(backbone.model, self._adapter)}
