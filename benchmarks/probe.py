@@ -89,7 +89,8 @@ class Probe:
 
     def _sample(self) -> None:
         while True:
-            self._anonymous = max(self._anonymous, status_bytes("RssAnon"))
+            now = status_bytes("RssAnon")  # first: a phase may begin while it is read, with a peak of its own
+            self._anonymous = max(self._anonymous, now)
             time.sleep(0.002)
 
 

@@ -103,13 +103,11 @@ class Estimator:
         trained = sum(role.gradients for role in roles)  # as many bytes as the weights
         extra = loading_bytes(choices, trained, after_load - trained, cuda=not on_cpu)
         load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
-        backbones = tuple(backbone for backbone, _ in weights)
-        return Ledger(backbones, roles, heads, LIBRARIES if on_cpu else 0, load)
+        return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, LIBRARIES if on_cpu else 0, load)
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
-        shape = self._shape("language_model", 0)
-        work = self._simulator.working(name, plan, choices, shape)
+        work = self._simulator.working(name, plan, choices, self._shape("language_model", 0))
         fixed, cuda = ledger.fixed(name), self.device.type == "cuda"
         extra = partial(extra_bytes, name, choices, self._pieces(plan, choices), cuda=cuda)
         at = max(work.peaks, key=lambda label: sum(work.peaks[label].values()) + extra(at=label))
