@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from quartet.errors import CheckpointError, ConfigError, brief
 from quartet.models.checkpoint_info import CheckpointInfo
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Files that hold a vocabulary: where there is one, a tokenizer that cannot be read is damaged and not missing."""
 
 
@@ -93,11 +93,10 @@ def _tokenizer(info: CheckpointInfo) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=info.trust_remote_code)
         except Exception as error:
             # The libraries below document no base of what they raise for a damaged file, and use Exception itself.
-            damaged = [name for name in _FILES if (Path(place) / name).is_file()]
-            if damaged:
+            if any((Path(place) / name).is_file() for name in _VOCABULARIES):
                 raise CheckpointError(
-                    f"{info.key}={info.name!r}: its tokenizer ({damaged[0]}) cannot be read "
-                    f"({type(error).__name__}: {brief(error)}); fetch or save it again"
+                    f"{info.key}={info.name!r}: its tokenizer cannot be read ({type(error).__name__}: {brief(error)}); "
+                    "fetch or save it again"
                 ) from error
             continue
         # Without files transformers makes up a tokenizer of the model's class that knows its special tokens alone.
