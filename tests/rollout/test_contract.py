@@ -26,11 +26,12 @@ from vllm_stand_in import install, serving
 
 MakeEngine = Callable[[LanguageView, SamplingSettings], RolloutEngine]
 OWN: dict[str, MakeEngine] = {"dynamic": DynamicEngine, "static": StaticEngine}
-VLLM = {"vllm": bool(find_spec("vllm")), "vllm colocate stand-in": True, "vllm server stand-in": True}
-ENGINES = [
-    *OWN,
-    *(pytest.param(n, marks=[] if here else pytest.mark.skip("vLLM is not installed")) for n, here in VLLM.items()),
+INSTALLED = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("default"),
 ]
+ENGINES = [*OWN, pytest.param("vllm", marks=INSTALLED), "vllm colocate stand-in", "vllm server stand-in"]
 STOP, PAD, LENGTH = 7, 9, 10
 SETTINGS = SamplingSettings(
     response_length=LENGTH, temperature=1.0, top_p=1.0, stop_id=STOP, pad_id=PAD, batch_rows=4, seed=2

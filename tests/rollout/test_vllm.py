@@ -20,9 +20,11 @@ from quartet.cli import main
 from quartet.config import parse_config
 from quartet.distributed.choose import refuse_impossible
 from quartet.errors import ConfigError, RolloutError
+from quartet.memory.admission import predict
 from quartet.records import Prompts
 from quartet.rewards import endpoint as transport
 from quartet.rollout.vllm import Response, VllmEngine
+from quartet.run.setup import read_inputs
 from quartet.run.trust import refuse_untrusted
 from quartet.trainer import train
 from tiny import TinyRun
@@ -69,6 +71,14 @@ def test_responses_come_from_the_policy_as_it_is_now(
         pushed = [path for path, _ in server.asked if path in ("/collective_rpc", "/v1/load_lora_adapter")]
         assert len(pushed) == 2
         assert len(server.adapters) == (1 if plan else 0)
+
+
+def test_the_memory_plan_counts_no_cache(tiny_run: TinyRun) -> None:
+    """It is not this process's; the static engine's is counted."""
+    own, other = (
+        _rollout_peak(tiny_run(**{"rollout.engine": engine, "rollout.batch_rows": 4})) for engine in ("vllm", "static")
+    )
+    assert 0 < own < other
 
 
 def test_the_handover_leaves_nothing_behind(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -248,6 +258,13 @@ def test_the_advice_is_said_once_and_not_where_it_is_followed(
     assert capsys.readouterr().out.count("rollout.correct_rollout=true is advised") == 1
     train(tiny_run(**{"rollout.engine": "vllm", "rollout.correct_rollout": True, "run.dir": str(tmp_path / "again")}))
     assert "is advised" not in capsys.readouterr().out
+
+
+def _rollout_peak(tree: Any) -> float:
+    """Predicted bytes of a rollout."""
+    config = parse_config(tree)
+    inputs = read_inputs(config, lambda line: None)
+    return predict(config, inputs.plan, inputs.sft, inputs.reward, longest_prompt=8).phase("rollout").peak
 
 
 def _server(url: str) -> dict[str, Any]:

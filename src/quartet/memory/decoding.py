@@ -24,14 +24,17 @@ def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workl
 
     vLLM's own memory is not of this process: on a GPU it is the share that `rollout.vllm.gpu_memory_utilization` names.
     """
-    if choices.rollout_engine == "vllm":
-        return
     with roles.policy.backbone.weights.whole() if choices.gather_for_rollout else nullcontext():
         _decoding(trace, roles, choices, workload)
 
 
 def _decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
     rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
+    if choices.rollout_engine == "vllm":
+        trace.stage = "decoding"
+        trace.enter("policy embeddings")
+        torch.empty((rows, workload.response_length))  # what comes back
+        return
     decoder = None
     if choices.rollout_engine != "dynamic":
         try:
