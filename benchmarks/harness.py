@@ -73,12 +73,20 @@ def machine() -> dict[str, Any]:
     memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return {
         "processor": processor[1] if processor else platform.processor(),
+        "extensions": extensions(),
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "load_average": os.getloadavg(),
     }
+
+
+def extensions() -> list[str]:
+    """What decides the rates of matrix products on a CPU: vectors, and products in bfloat16."""
+    flags = re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    known = set() if flags is None else set(flags[1].split())
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in known]
 
 
 def own_versions() -> dict[str, str]:
@@ -100,7 +108,8 @@ def peer_versions(python: Path) -> dict[str, str]:
 def heading(versions: dict[str, dict[str, str]], threads: int) -> str:
     """One line on machine and one for each side."""
     about = machine()
-    lines = [f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {threads} threads"]
+    name = f"{about['processor']} ({', '.join(about['extensions'])})"
+    lines = [f"{name}, {about['cores']} cores, {about['memory_gib']} GiB, {threads} threads"]
     lines += [f"{side}: " + ", ".join(f"{k} {v}" for k, v in held.items()) for side, held in versions.items()]
     return "\n".join(lines)
 

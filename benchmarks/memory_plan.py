@@ -21,8 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, configurations
 from memory_plan_worker import predict, write_checkpoints
+
+from quartet.models.precision import resolve_device, resolve_dtype
 
 PHASES = ("load", "rollout", "scoring", "update")
 QUICK = ("S full", "S lora paired", "S lora single checkpointing")
@@ -59,6 +62,9 @@ def main() -> None:
 def table(options: argparse.Namespace) -> None:
     """Run every configuration and print predicted, measured and their difference."""
     chosen = {n: s for n, s in configurations().items() if (not options.quick or n in QUICK) and options.only in n}
+    if resolve_dtype("auto", resolve_device("auto")) == torch.float32:
+        print("bfloat16 is left out: this processor does not multiply matrices in it, and takes other paths")
+        chosen = {name: spec for name, spec in chosen.items() if spec["models"]["dtype"] != "bfloat16"}
     rows: list[dict[str, Any]] = []
     if options.resume and options.json and options.json.exists():
         rows = rows_of_before(options)
@@ -123,7 +129,6 @@ def vars_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    import torch
     import transformers
 
     return {
