@@ -80,13 +80,13 @@ def test_a_reward_source_that_fails_leaves_a_checkpoint_to_go_on_from(
 
 
 def test_an_endpoint_that_answers_500_is_quoted(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from quartet.rewards import http
+    from quartet.rewards import endpoint
 
     def refuse(*_: Any) -> bytes:
-        raise http._Temporary("it answered status 500 with 'out of GPUs'")
+        raise endpoint.Temporary("it answered status 500 with 'out of GPUs'")
 
-    monkeypatch.setattr(http.HttpReward, "_post", refuse)
-    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint.Endpoint, "_send", refuse)
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE", 0.0)
     with pytest.raises(RewardError, match=r"failed 4 times, at last because it answered status 500 with 'out of GPUs'"):
         train(changed(values, {"rewards": [{"url": "http://127.0.0.1:9/score"}]}))
     assert steps(Path(values["run"]["dir"])) == [0]
@@ -302,14 +302,14 @@ def test_a_second_ctrl_c_stops_at_once(values: dict[str, Any], whole: Path, monk
 
 
 def test_no_secret_is_written(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from quartet.rewards import http
+    from quartet.rewards.endpoint import Endpoint
 
-    def answer(self: http.HttpReward, body: bytes) -> bytes:
+    def answer(self: Endpoint, path: str, body: bytes | None) -> bytes:
         assert self._token == "hunter2"
         return b'{"rewards": [1, 2, 3, 4]}'
 
     monkeypatch.setenv("QUARTET_REWARD_TOKEN", "hunter2")
-    monkeypatch.setattr(http.HttpReward, "_post", answer)
+    monkeypatch.setattr(Endpoint, "_send", answer)
     run = train(changed(values, {"rewards": [{"url": "http://127.0.0.1:9/score"}]}))
     assert parse_config(yaml.safe_load((run / "config.yaml").read_text())).rewards[0].url == "http://127.0.0.1:9/score"
     for path in run.rglob("*"):

@@ -74,8 +74,8 @@ def test_a_policy_with_more_tokens_than_the_reward_model_reads_is_refused(tiny_r
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("rollout.stop", True, "true was given"),
-        ("ppo.iterations", True, "true was given"),
+        ("rollout.stop", True, "rollout.stop=True is not possible: a number or name is needed"),
+        ("ppo.iterations", True, "ppo.iterations=True is not possible: a number or name is needed"),
     ],
 )
 def test_switches_are_not_numbers(tiny_run: Any, key: str, value: Any, part: str) -> None:

@@ -31,7 +31,7 @@ def test_build_sources_in_order() -> None:
         ("http://127.0.0.1:9/score", -1.0),
         ("operator:concat", 0.25),
     ]
-    assert (endpoint._timeout, function._timeout) == (2.0, 3.0)
+    assert (endpoint._endpoint._timeout, function._timeout) == (2.0, 3.0)
     assert build_sources(()) == []
 
 
