@@ -22,11 +22,13 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def rates(device: str) -> dict[str, float]:
-    """FLOP/s of a wide matrix product by dtype, and bytes/s of a copy (read and written); the best of several."""
+    """FLOP/s of a wide matrix product by dtype that the device computes in, and bytes/s of a copy (read and written); the best of several."""
     import torch
 
     found, (side, buffer) = {}, SIZES[device]
     for name in BYTES:
+        if name == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            continue  # computed one number at a time there, for minutes, and used by nobody
         left, right = (torch.randn(side, side, device=device).to(getattr(torch, name)) for _ in range(2))
         out = torch.empty_like(left)
         found[name] = 2 * side**3 / _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), device)
