@@ -22,7 +22,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def rates(device: str) -> dict[str, float]:
-    """FLOP/s of a wide matrix product by dtype that the device computes in, and bytes/s of a copy (read and written); the best of several."""
+    """FLOP/s of a wide matrix product by dtype that the device computes in, and bytes/s of a copy (read and written); the
+    best of several."""
     import torch
 
     found, (side, buffer) = {}, SIZES[device]
