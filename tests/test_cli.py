@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,16 @@ def test_adapter_larger_than_the_configured(refused: Refused, library: Any, tmp_
     adapter = write_adapter(tmp_path / "wide", library.path("llama", "sft"), rank=20)
     said = refused(f"models.sft={adapter}", "models.lora={}")
     assert "models.lora.r=16 is smaller than rank 20" in said
+
+
+def test_libraries_add_nothing_to_what_is_said(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """In a process of its own, as a user starts it: what libraries log while they are imported would come first."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(changed(tiny_run(), {"models.lora": {"r": 400, "target_modules": ["nowhere"]}})))
+    code = "import sys; from quartet.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.startswith("quartet: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "WARNING" not in done.stdout

@@ -109,7 +109,9 @@ def _quiet_libraries() -> None:
     """Only errors of the libraries below: what users must know, Quartet says in its own words."""
     import logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")  # transformers imports DeepSpeed where it is installed
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
