@@ -5,26 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SIZES: dict[str, dict[str, Any]] = {
-    "S": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "intermediate_size": 2048,
-        "vocab_size": 8192,
-        "tie_word_embeddings": False,
-    },
-    "M": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "intermediate_size": 2048,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-}
+import sizes
+
+SIZES = {name: sizes.SIZES[name] for name in ("S", "M")}
 PROMPT, RESPONSE = 32, 32
 SEED = 0
 

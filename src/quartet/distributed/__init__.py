@@ -8,12 +8,13 @@ from quartet.distributed.choose import (
     gathers_for_rollout,
     refuse_impossible,
 )
-from quartet.distributed.engine import ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
+from quartet.distributed.engine import BackboneWeights, ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
 from quartet.distributed.launch import joined
 from quartet.distributed.pieces import Piece
 
 __all__ = [
     "CUTTING",
+    "BackboneWeights",
     "SHARING_STATE",
     "Piece",
     "ProcessEngine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,6 +13,21 @@ from torch import Tensor, nn
 from quartet.distributed.pieces import Piece, piece_of
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """A backbone as an engine that takes over its weights needs to know it."""
+
+    module: nn.Module
+    """The backbone; its forward passes begin with its method `entry`."""
+    layers: Sequence[nn.Module]
+    """Its decoder layers, in order."""
+    entry: str
+    head: Sequence[nn.Module]
+    """What of it runs after `entry`, on its own."""
+    dtype: torch.dtype
+    """In which it computes."""
 
 
 class WeightKeeper(Protocol):
@@ -106,25 +122,8 @@ class ProcessEngine(Protocol):
 
     # Weights
 
-    def keep(
-        self,
-        module: nn.Module,
-        layers: Sequence[nn.Module],
-        *,
-        entry: str,
-        head: Sequence[nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> WeightKeeper:
-        """Take over the weights of a backbone.
-
-        Args:
-            module: the backbone; its forward passes begin with its method `entry`.
-            layers: its decoder layers, in order.
-            head: what of it runs after `entry`, on its own.
-            device: where it computes.
-            dtype: in which it computes.
-        """
+    def keep(self, weights: BackboneWeights) -> WeightKeeper:
+        """Take over the weights of a backbone; they are used through what this returns from then on."""
         ...
 
     def whole(self, tensor: Tensor) -> Tensor | None:
@@ -199,16 +198,7 @@ class SingleProcess:
         """The result of `act`."""
         return act()
 
-    def keep(
-        self,
-        module: nn.Module,
-        layers: Sequence[nn.Module],
-        *,
-        entry: str,
-        head: Sequence[nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> WeightKeeper:
+    def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """The weights stay where they are."""
         return WholeWeights()
 

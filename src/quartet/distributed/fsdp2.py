@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from quartet.distributed.engine import WeightKeeper
+from quartet.distributed.engine import BackboneWeights, WeightKeeper
 from quartet.distributed.group import ProcessGroup, squares
 from quartet.distributed.pieces import Piece, piece_of
 
@@ -30,18 +30,9 @@ class FullyShardedDataParallel(ProcessGroup):
         super().__init__(device)
         self._mesh = init_device_mesh(device.type, (self.world_size,))
 
-    def keep(
-        self,
-        module: nn.Module,
-        layers: Sequence[nn.Module],
-        *,
-        entry: str,
-        head: Sequence[nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> WeightKeeper:
+    def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """Cut the backbone's weights, a layer at a time; where they lie in mapped files only this process's share is read."""
-        return ShardedWeights(module, layers, entry, self._mesh, dtype)
+        return ShardedWeights(weights, self._mesh)
 
     def whole(self, tensor: Tensor) -> Tensor | None:
         """A whole weight on the host in the main process."""
@@ -92,9 +83,8 @@ class ShardedWeights:
 
     are_whole = False
 
-    def __init__(
-        self, module: nn.Module, layers: Sequence[nn.Module], entry: str, mesh: DeviceMesh, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, weights: BackboneWeights, mesh: DeviceMesh) -> None:
+        layers, dtype = weights.layers, weights.dtype
         # The weights travel in the computation's dtype; autocast's own copies would outlive the layer.
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
@@ -103,13 +93,13 @@ class ShardedWeights:
         )
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        root: Any = fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        root: Any = fully_shard(weights.module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         # Losses are divided by the tokens of all processes: gradients are summed, not averaged.
         for unit in (*layers, root):
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        register_fsdp_forward_method(root, entry)
+        register_fsdp_forward_method(root, weights.entry)
         self._root: FSDPModule = root
         self._layers = [layer for layer in layers if isinstance(layer, FSDPModule)]
         # Whichever unit runs first becomes the root for good, and generation begins with a layer.
@@ -119,11 +109,8 @@ class ShardedWeights:
     def head(self) -> Iterator[None]:
         """Hold the embeddings and the LM head; without gradients they are given back."""
         self._root.unshard()
-        try:
+        with self.done():
             yield
-        finally:
-            if not torch.is_grad_enabled():
-                self._root.reshard()
 
     @contextmanager
     def done(self) -> Iterator[None]:

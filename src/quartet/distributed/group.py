@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quartet.distributed.engine import WeightKeeper, WholeWeights
+from quartet.distributed.engine import BackboneWeights, WeightKeeper, WholeWeights
 from quartet.distributed.pieces import Piece, local, piece_of
 from quartet.errors import QuartetError
 
@@ -72,16 +72,7 @@ class ProcessGroup:
                 raise found
         return result
 
-    def keep(
-        self,
-        module: nn.Module,
-        layers: Sequence[nn.Module],
-        *,
-        entry: str,
-        head: Sequence[nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> WeightKeeper:
+    def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """The weights stay whole."""
         return WholeWeights()
 

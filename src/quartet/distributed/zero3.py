@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quartet.distributed.choose import Travel
 from quartet.distributed.deepspeed_setup import configuration
-from quartet.distributed.engine import WeightKeeper
+from quartet.distributed.engine import BackboneWeights, WeightKeeper
 from quartet.distributed.pieces import MOMENTS, Piece
 from quartet.distributed.zero2 import ZeroEngine, share_masters
 
@@ -39,19 +39,10 @@ class Zero3(ZeroEngine):
             stage3_prefetch_bucket_size=travel.ahead,
         )
 
-    def keep(
-        self,
-        module: nn.Module,
-        layers: Sequence[nn.Module],
-        *,
-        entry: str,
-        head: Sequence[nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> WeightKeeper:
+    def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """The weights are cut in `prepare`; up to there they lie in mapped files."""
-        keeper = Zero3Weights(module, [p for part in head for p in part.parameters()])
-        self._kept.append((module, keeper))
+        keeper = Zero3Weights(weights.module, [p for part in weights.head for p in part.parameters()])
+        self._kept.append((weights.module, keeper))
         return keeper
 
     def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

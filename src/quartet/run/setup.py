@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.config import Config
-from quartet.distributed import ProcessEngine, SingleProcess, gathers_for_rollout
+from quartet.distributed import BackboneWeights, ProcessEngine, SingleProcess, gathers_for_rollout
 from quartet.errors import CheckpointError
 from quartet.memory.free import free_memory
 from quartet.models.branch import layer_list
@@ -21,7 +21,6 @@ from quartet.models.linears import restore_linears
 from quartet.models.loading import convert_weights, load_roles, plan_for
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
-from quartet.models.precision import resolve_device
 from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
 from quartet.records import Prompts, Rollout, Scored
@@ -207,14 +206,12 @@ def _load(config: Config, inputs: Inputs, engine: ProcessEngine) -> Roles:
         engine.agree(lambda: convert_weights(models, plan, sft, reward, mapped=cut) if engine.first_here else None)
     roles = engine.agree(lambda: load_roles(models, plan, sft, reward, seed=config.run.seed, mapped=cut))
     if cut:
-        device = resolve_device(models.device)
         for backbone in roles.backbones.values():
             # A layer's weights are there while that layer runs, and a fast LoRA layer reads those of layers within it.
             restore_linears(backbone.model)
             _, layers = layer_list(backbone.transformer, f"distributed.engine={engine.name}")
-            backbone.weights = engine.keep(
-                backbone, list(layers), entry="hidden", head=backbone.heads(), device=device, dtype=backbone.dtype
-            )
+            weights = BackboneWeights(backbone, list(layers), "hidden", backbone.heads(), backbone.dtype)
+            backbone.weights = engine.keep(weights)
     return roles
 
 
