@@ -10,6 +10,8 @@ import yaml
 
 from distributed.runs import exported, largest_difference, resume_run, train_run
 from processes import results
+from quartet.run.reopen import evaluate, export_checkpoint
+from quartet.run.samples import read_samples
 from quartet.trainer import resume, train
 from tiny import TinyRun, changed
 
@@ -49,3 +51,19 @@ def test_another_engine_and_number_of_processes(
     assert largest_difference(exported(tmp_path / "whole"), exported(run)) < 1e-5
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_shards_are_opened_by_one_process_beside_the_run(engine: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """`quartet eval` and `quartet export` of a checkpoint in shards: what the run itself sampled and wrote."""
+    given = {"distributed.engine": engine, "ppo.iterations": 2, "rollout.batch_size": 8, "run.save_every": 2}
+    values = tiny_run(**given, **{"data.eval_count": 2, "run.eval_every": 2, "ppo.learning_rate": 1e-3})
+    results(tmp_path / "results", 2, train_run, values)
+    run = tmp_path / "run"
+    assert list((run / "checkpoints" / "step-000002").glob("shard-*-of-00002.safetensors"))
+    export_checkpoint(run, tmp_path / "out", say=print)
+    assert largest_difference(exported(run), exported(tmp_path / "out")) == 0
+    found = evaluate(run, say=print)
+    last = [sample for sample in read_samples(run / "samples.jsonl") if sample["iteration"] == 2]
+    assert [sample.response for sample in found.samples] == [sample["response"] for sample in last]
+    assert [sample.score for sample in found.samples] == pytest.approx([sample["score"] for sample in last], abs=1e-5)
