@@ -6,7 +6,11 @@ train({"models": {"sft": ..., "reward": ...}, "data": {"prompts": ...}, "run": {
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Large tensors in huge pages, which take fewer page faults: torch reads this once, at its first large tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from quartet.config import Config, load_config, parse_config
 from quartet.errors import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import Pipeline
 from quartet.config import LoraConfig
-from quartet.models import adapters
+from quartet.models import adapters, linears
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.linears import FastLinear, FastLoraLinear, lora_linear, restore_linears, use_fast_linears
 from quartet.models.precision import autocast
@@ -54,9 +54,14 @@ def gradients(model: nn.Module, states: Tensor) -> dict[str, Tensor]:
     return {"result": result.detach(), "states": states.grad} | found
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64)])
 @pytest.mark.parametrize("name", [None, "one"])
-def test_results_and_gradients_are_those_of_float64(name: str | None, shape: tuple[int, ...]) -> None:
+def test_results_and_gradients_are_those_of_float64(
+    name: str | None, shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any processor, whichever library it would choose."""
+    monkeypatch.setattr(linears, "_widest_vectors", lambda: onednn)
     names = () if name is None else (name, "two")
     states = torch.randn(shape)
     exact, fast = make(*names, dtype=torch.float64), make(*names)
@@ -114,7 +119,6 @@ def test_layers_of_others_stay() -> None:
     use_fast_linears(model)
     assert type(model.up) is nn.Linear
     assert type(model.wide) is FastLinear
-    assert type(model.small) is nn.Linear
 
 
 def test_restored_layers_are_as_they_were() -> None:
@@ -130,3 +134,32 @@ def test_loaded_backbones_use_them(tiny_run: TinyRun) -> None:
     pipeline = Pipeline(tiny_run("llama", **{"models.lora": {"r": 4}, "models.sharing": "paired"}))
     kinds = {type(module) for module in pipeline.roles.policy.backbone.model.modules()}
     assert FastLoraLinear in kinds
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_gradients_a_frozen_adapter_is_bit_for_bit_pefts(trained: bool) -> None:
+    plain, fast = make("one"), make("one")
+    use_fast_linears(fast)
+    for model in (plain, fast):
+        for _, parameter in adapters.adapter_parameters(model, "one"):
+            parameter.requires_grad_(trained)
+    states = torch.randn(6, 64)
+    with AdapterSwitch(plain).on("one"), AdapterSwitch(fast).on("one"), torch.no_grad():
+        expected, found = plain(states), fast(states)
+    torch.testing.assert_close(found, expected)
+    assert trained or torch.equal(found, expected)
+
+
+def test_without_gradients_an_adapter_of_zeros_changes_no_bit() -> None:
+    """At the start of a run the policy is its reference."""
+    model = make("one")
+    use_fast_linears(model)
+    for name, parameter in adapters.adapter_parameters(model, "one"):
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    switch, states = AdapterSwitch(model), torch.randn(6, 64)
+    with torch.no_grad():
+        with switch.on("one"):
+            policy = model(states)
+        with switch.on(None):
+            assert torch.equal(policy, model(states))

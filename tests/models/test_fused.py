@@ -13,7 +13,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from checkpoints import write_model
-from quartet.models.fused import gated, rms_norm, use_fused_layers
+from quartet.config import LoraConfig
+from quartet.models import adapters
+from quartet.models.adapters import AdapterSwitch
+from quartet.models.fused import rms_norm, use_fused_layers
+from quartet.models.gated import gated, gated_mlp
+from quartet.models.linears import FastLinear, use_fast_linears
+from quartet.models.precision import autocast
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 LAYERS = {
@@ -34,13 +40,16 @@ def gradients(layer: nn.Module, states: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linears", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_results_and_gradients_are_the_librarys(name: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_are_the_librarys(name: str, linears: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = LAYERS[name]().to(dtype)
     for parameter in plain.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
     fused = copy.deepcopy(plain)
+    if linears:
+        use_fast_linears(fused)
     use_fused_layers(fused)
     assert type(fused) is not type(plain)
     states = torch.randn(3, 5, 16, dtype=dtype)
@@ -53,11 +62,14 @@ def test_results_and_gradients_are_the_librarys(name: str, dtype: torch.dtype) -
         assert torch.equal(fused(states), plain(states))
 
 
-def test_less_is_kept() -> None:
+@pytest.mark.parametrize("linears", [False, True])
+def test_less_is_kept(linears: bool) -> None:
     kept: dict[str, int] = {}
     for name in ("plain", "fused"):
         layer = LlamaMLP(LlamaConfig(**SMALL))
         if name == "fused":
+            if linears:
+                use_fast_linears(layer)
             use_fused_layers(layer)
         seen: dict[int, int] = {}
 
@@ -68,7 +80,62 @@ def test_less_is_kept() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             layer(torch.randn(3, 5, 16))
         kept[name] = sum(seen.values())
-    assert kept["plain"] - kept["fused"] == 3 * 5 * 24 * 4  # the activation of the gate
+    # The activation of the gate, and its product where the layer after it is one of ours.
+    assert kept["plain"] - kept["fused"] == (1 + linears) * 3 * 5 * 24 * 4
+
+
+def with_adapters(dtype: torch.dtype) -> LlamaMLP:
+    torch.manual_seed(0)
+    layer = LlamaMLP(LlamaConfig(**SMALL)).to(dtype).requires_grad_(False)
+    for name in ("one", "two"):
+        adapters.attach_fresh(layer, name, LoraConfig(r=4, alpha=12, target_modules=("down_proj", "up_proj")), seed=0)
+        for _, parameter in adapters.adapter_parameters(layer, name):
+            nn.init.normal_(parameter, std=0.3)
+            parameter.requires_grad_(True)
+    return layer.to(dtype)
+
+
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_adapters_are_the_librarys_in_float64(adapter: str | None) -> None:
+    exact, fused = with_adapters(torch.float64), with_adapters(torch.float32)
+    use_fast_linears(fused)
+    use_fused_layers(fused)
+    states = torch.randn(3, 5, 16)
+    with AdapterSwitch(exact).on(adapter), AdapterSwitch(fused).on(adapter):
+        expected, found = gradients(exact, states.double()), gradients(fused, states)
+    assert len(expected) == len(found) == 2 + (0 if adapter is None else 4)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other.double(), one, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_rounding_is_that_of_bfloat16() -> None:
+    states = torch.randn(8, 50, 16)
+    with AdapterSwitch(exact := with_adapters(torch.float64)).on("one"):
+        expected = gradients(exact, states.double())
+    plain, fused = with_adapters(torch.float32), with_adapters(torch.float32)
+    use_fast_linears(fused)
+    use_fused_layers(fused)
+    errors = []
+    for layer in (plain, fused):
+        with AdapterSwitch(layer).on("one"), autocast(torch.device("cpu"), torch.bfloat16):
+            found = gradients(layer, states)
+        assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+        errors.append(sum(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)))
+    assert 0 < errors[1] < 1.2 * errors[0]
+
+
+def test_exact_gradients_to_the_hidden_size() -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    down = FastLinear(4, 5, dtype=torch.float64)
+
+    def trained(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        del down.weight, down.bias
+        down.weight, down.bias = weight, bias  # type: ignore[assignment]
+        return gated_mlp(gate, up, nn.functional.silu, down)
+
+    assert torch.autograd.gradcheck(trained, (random(2, 3, 4), random(2, 3, 4), random(5, 4), random(5)))
 
 
 def test_exact_gradients() -> None:

@@ -23,7 +23,7 @@ from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead
-from quartet.models.linears import use_fast_linears
+from quartet.models.linears import restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.offload import Residency
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
@@ -92,6 +92,8 @@ def fake_roles(
         _to_fake(model, mode)
         backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
         backbones[spec.name].weights = WholeWeights(are_whole=choices.engine not in CUTTING)
+        if choices.engine in CUTTING:
+            restore_linears(model)
     on_policy = plan.view("value").backbone == plan.view("policy").backbone
     with mode:
         score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quartet.models.gated import gated_mlp
+
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 """What the forward of a gated MLP computes, in the source of every family that has one."""
 RMS_NORM = (
@@ -30,12 +32,6 @@ def use_fused_layers(model: nn.Module) -> None:
         kind = None if "forward" in vars(module) else _fused_kind(type(module))
         if kind is not None:
             module.__class__ = kind
-
-
-def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """`activation(gate) * up`; keeps these two and computes the activation again in the backward pass."""
-    apply: Callable[..., Tensor] = _Gated.apply
-    return apply(gate, up, activation)
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,8 +60,7 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
         if not torch.is_grad_enabled():
             plain: Tensor = kind.forward(self, x)
             return plain
-        result: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
-        return result
+        return gated_mlp(self.gate_proj(x), self.up_proj(x), self.act_fn, self.down_proj)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
@@ -80,31 +75,14 @@ def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gate, up = ctx.saved_tensors
-        gate = gate.detach().requires_grad_()
-        with torch.enable_grad():
-            active = ctx.activation(gate)
-        (by_gate,) = torch.autograd.grad(active, gate, gradient * up)
-        return by_gate, active.detach().mul_(gradient), None
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = states.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(states, weight, scale)
-        return weight * (wide * scale).to(states.dtype)
+        normal = (wide * scale).to(states.dtype)
+        return normal.mul_(weight) if normal.dtype == weight.dtype else weight * normal
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ SMALLEST_TRANSPOSED = 512
 
 
 def use_fast_linears(model: nn.Module) -> None:
-    """Give linear layers and LoRA layers on the CPU passes of their own where gradients are taken.
+    """Give linear layers and LoRA layers passes of their own.
 
-    Without gradients they compute exactly what they did: frozen roles stay bit-identical to their checkpoints.
+    What frozen roles compute stays bit for bit what torch and PEFT compute: they stay identical to their checkpoints.
 
-    float32 products go through oneDNN: torch multiplies float32 matrices with MKL, which leaves the widest vectors of some
-    processors unused. A LoRA layer adds its low-rank part inside matrix products, forward and backward, where PEFT takes
-    three more passes over the layer's output.
+    On processors with AVX-512, float32 products with gradients go through oneDNN: MKL, with which torch multiplies them,
+    leaves the widest vectors of some processors unused. With AVX2 there is nothing to gain (measured: MKL is as fast
+    forward and up to twice as fast backward). A LoRA layer adds its low-rank part inside matrix products, forward and
+    backward, where PEFT takes three more passes over the layer's output.
 
     Only plain layers change (class `Linear` of torch, `Linear` of PEFT); GPT-2's Conv1D, quantized layers and LoRA
     variants stay as they are, and so does every layer whose forward another library has replaced.
@@ -32,7 +35,7 @@ def use_fast_linears(model: nn.Module) -> None:
     for module in model.modules():
         if "forward" in vars(module):
             continue
-        if type(module) is nn.Linear and has_onednn(module.weight) and min(module.weight.shape) >= SMALLEST_SIDE:
+        if type(module) is nn.Linear and _is_plain(module.weight):
             _change(module, FastLinear)
         elif type(module) is LoraLinear and isinstance(module.base_layer, nn.Linear):
             _change(module, FastLoraLinear)
@@ -52,19 +55,42 @@ def _change(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
 
 
+@cache
+def _widest_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Not quantized or sharded, which only looks like a tensor."""
+    return not is_traceable_wrapper_subclass(weight)
+
+
 def has_onednn(weight: Tensor) -> bool:
-    """Whether this weight can be multiplied by oneDNN in float32; quantized and sharded tensors only look like one."""
+    """Whether products with this weight are faster through oneDNN."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
+        and min(weight.shape) >= SMALLEST_SIDE
+        and _widest_vectors()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not is_traceable_wrapper_subclass(weight)
+        and _is_plain(weight)
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a linear layer computes with: `x W^T + b + s x A^T B^T`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+
+
 class FastLinear(nn.Linear):
-    """`nn.Linear` in float32 through oneDNN; anything else as it was."""
+    """`nn.Linear`, with gradients in float32 through oneDNN where that is faster; anything else as it was."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`x W^T + b`."""
@@ -72,37 +98,54 @@ class FastLinear(nn.Linear):
             return super().forward(input)
         return linear(input, self.weight, self.bias)
 
+    def taken_apart(self) -> Weights | None:
+        """The layer's tensors, for those who compute for it."""
+        return Weights(self.weight, self.bias)
+
 
 class FastLoraLinear(LoraLinear):
     """PEFT's LoRA layer with one adapter on, or none."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x W^T + b + s x A^T B^T`."""
+        found = None if args or kwargs else self.taken_apart()
+        if found is None or found.down is None or found.up is None:
+            general: Tensor = super().forward(x, *args, **kwargs)
+            return general
+        if torch.is_grad_enabled():
+            return lora_linear(x, found.weight, found.bias, found.down, found.up, found.scale)
+        if not found.down.requires_grad:  # a frozen role: as PEFT computes it
+            frozen: Tensor = super().forward(x)
+            return frozen
+        result: Tensor = self.base_layer(x)
+        down, up = found.down.to(result.dtype), found.up.to(result.dtype)
+        low = x.flatten(0, -2).to(result.dtype) @ down.t()
+        result.flatten(0, -2).addmm_(low, up.t(), alpha=found.scale)
+        return result
+
+    def taken_apart(self) -> Weights | None:
+        """The tensors that the layer computes with now; None where only PEFT knows."""
         base, names = self.base_layer, self.active_adapters
-        name = names[0] if len(names) == 1 else None
+        if not isinstance(base, nn.Linear) or "forward" in vars(base) or base.weight.requires_grad or self.merged:
+            return None
+        if self.disable_adapters or not names:
+            return Weights(base.weight, base.bias)
+        name = names[0]
         if (
-            not torch.is_grad_enabled()
-            or self.disable_adapters
-            or args
-            or kwargs
-            or self.merged
-            or name is None
+            len(names) > 1
             or name not in self.lora_A
             or name in self.lora_variant
             or type(self.lora_dropout[name]) is not nn.Identity
             or self.lora_B[name].bias is not None
-            or base.weight.requires_grad
-            or not isinstance(base, nn.Linear)
         ):
-            general: Tensor = super().forward(x, *args, **kwargs)
-            return general
+            return None
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
-        return lora_linear(x, base.weight, base.bias, down.weight, up.weight, self.scaling[name])
+        return Weights(base.weight, base.bias, down.weight, up.weight, self.scaling[name])
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, in float32 through oneDNN where that is available."""
+    """`F.linear`, in float32 through oneDNN where that is faster."""
     if states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu"):
         apply: Callable[..., Tensor] = _Float32.apply
         return apply(states, weight, bias)
@@ -129,13 +172,13 @@ class _Float32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(states if weight.requires_grad else None, weight)
-        return _product(states, weight, bias)
+        return product(states, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
-        by_states = _by_transposed(gradient, weight) if ctx.needs_input_grad[0] else None
+        by_states = by_transposed(gradient, weight) if ctx.needs_input_grad[0] else None
         flat = gradient.flatten(0, -2)
         by_weight = flat.t() @ states.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return by_states, by_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
@@ -148,10 +191,10 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+        dtype = computed_in(states)
         ctx.states_dtype, ctx.adapter_dtype, ctx.scale = states.dtype, down.dtype, scale
         states, down, up = states.to(dtype), down.to(dtype), up.to(dtype)
-        result = _product(states, weight.to(dtype), None if bias is None else bias.to(dtype))
+        result = product(states, weight.to(dtype), None if bias is None else bias.to(dtype))
         low = states.flatten(0, -2) @ down.t()
         result.flatten(0, -2).addmm_(low, up.t(), alpha=scale)
         ctx.save_for_backward(states, weight, down, up, low)
@@ -165,7 +208,7 @@ class _Lora(torch.autograd.Function):
         low_gradient = (flat @ up).mul_(ctx.scale)
         by_states = None
         if ctx.needs_input_grad[0]:
-            by_states = _by_transposed(gradient, weight.to(gradient.dtype))
+            by_states = by_transposed(gradient, weight.to(gradient.dtype))
             by_states.flatten(0, -2).addmm_(low_gradient, down)
             by_states = by_states.to(ctx.states_dtype)
         by_down = (low_gradient.t() @ states.flatten(0, -2)).to(ctx.adapter_dtype) if ctx.needs_input_grad[3] else None
@@ -173,15 +216,22 @@ class _Lora(torch.autograd.Function):
         return by_states, None, None, by_down, by_up, None
 
 
-def _product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def computed_in(states: Tensor) -> torch.dtype:
+    """The dtype of a product with these states, under autocast or not."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`, no gradient asked."""
     if states.dtype == torch.float32 and has_onednn(weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
         return result
     return nn.functional.linear(states, weight, bias)
 
 
-def _by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
-    """`g W`."""
+def by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`g W`, no gradient asked."""
     if gradient.dtype == torch.float32 and has_onednn(weight) and min(weight.shape) >= SMALLEST_TRANSPOSED:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
         return result

@@ -1,0 +1,121 @@
+"""The product of a gated MLP: computed again in the backward pass, where the library keeps it and the gate's activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from quartet.models.linears import FastLinear, FastLoraLinear, by_transposed, computed_in, product
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gated_mlp(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module) -> Tensor:
+    """`down(activation(gate) * up)`, which keeps `gate` and `up`; the product too where only `down` knows how it computes.
+
+    Args:
+        gate: `[..., intermediate]`, like `up`.
+        down: the linear layer back to the hidden size.
+    """
+    weights = down.taken_apart() if isinstance(down, FastLinear | FastLoraLinear) else None
+    if weights is None:
+        result: Tensor = down(gated(gate, up, activation))
+        return result
+    apply: Callable[..., Tensor] = _GatedDown.apply
+    return apply(gate, up, activation, weights.weight, weights.bias, weights.down, weights.up, weights.scale)
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up`; keeps these two and computes the activation again in the backward pass."""
+    apply: Callable[..., Tensor] = _Gated.apply
+    return apply(gate, up, activation)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _multiplied(activation, gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gate, up = ctx.saved_tensors
+        active, slope = _with_slope(ctx.activation, gate)
+        return slope(gradient * up), active.mul_(gradient), None
+
+
+class _GatedDown(torch.autograd.Function):
+    """`y = h W^T + b + s h A^T B^T` with `h = activation(gate) * up`. The weight has a gradient, or the adapter, or neither."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        activation: Activation,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_down: Tensor | None,
+        lora_up: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        dtype = computed_in(gate)
+        ctx.activation, ctx.scale, ctx.dtype = activation, scale, dtype
+        between = _multiplied(activation, gate, up).to(dtype)
+        result = product(between, weight.to(dtype), None if bias is None else bias.to(dtype))
+        low = None
+        if lora_down is not None and lora_up is not None:
+            low = between.flatten(0, -2) @ lora_down.to(dtype).t()
+            result.flatten(0, -2).addmm_(low, lora_up.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(gate, up, weight, lora_down, lora_up, low)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, lora_down, lora_up, low = ctx.saved_tensors
+        needs, dtype = ctx.needs_input_grad, ctx.dtype
+        active, slope = _with_slope(ctx.activation, gate)
+        flat = gradient.flatten(0, -2)
+        by_between = by_transposed(gradient, weight.to(dtype))
+        by_weight = by_lora_down = by_lora_up = None
+        between = (active * up).to(dtype).flatten(0, -2) if needs[3] or needs[5] else None
+        if between is not None and needs[3]:
+            by_weight = (flat.t() @ between).to(weight.dtype)
+        if low is not None:
+            low_gradient = (flat @ lora_up.to(dtype)).mul_(ctx.scale)
+            by_between.flatten(0, -2).addmm_(low_gradient, lora_down.to(dtype))
+            if between is not None and needs[5]:
+                by_lora_down = (low_gradient.t() @ between).to(lora_down.dtype)
+            if needs[6]:
+                by_lora_up = (flat.t() @ low).mul_(ctx.scale).to(lora_up.dtype)
+        del between
+        by_bias = flat.sum(0) if needs[4] else None
+        by_between = by_between.to(gate.dtype)
+        by_gate = slope(by_between * up)
+        return by_gate, active.mul_(by_between), None, by_weight, by_bias, by_lora_down, by_lora_up, None
+
+
+def _multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """`activation(gate) * up` in the memory of the activation."""
+    active = activation(gate)
+    return active * up if active is gate else active.mul_(up)
+
+
+def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`activation(gate)`, and the function from a gradient of it to that of the gate."""
+    leaf = gate.detach().requires_grad_()
+    with torch.enable_grad():
+        active = activation(leaf)
+
+    def slope(gradient: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(active, leaf, gradient)
+        return found
+
+    return active.detach(), slope
