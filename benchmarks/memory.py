@@ -8,8 +8,8 @@ Two measures, both the peak over what the process held after imports and a first
 resident   VmHWM, with the pages of memory-mapped weights and of libraries that were touched
 anonymous  memory that no file backs (RssAnon, sampled every 2 ms): what cannot be dropped and read again
 
-The allocator is glibc's with its defaults, as users have it; rows marked `returned` set `run.return_memory: true`, under
-which Quartet has freed tensors go back to the system at once (otherwise it is off here, whatever memory is free).
+The allocator is glibc's with its defaults, as users have it; Quartet sets `run.return_memory: auto`, which is its default, and
+in rows marked `returned` true, under which all freed tensors go back to the system at once.
 `--malloc` measures every row again with MALLOC_MMAP_THRESHOLD_=65536, which has the same effect on the peers too.
 
 usage: make bench-peer; python benchmarks/memory.py [--quick] [--json FILE]
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import (
     BENCH,
     heading,
@@ -37,6 +38,8 @@ from harness import (
     run_worker,
     write_json,
 )
+
+from quartet.models.precision import resolve_dtype
 
 COMMON = ["--iterations", "2", "--sample-memory"]
 EPOCHS = ["--epochs", "1"]
@@ -106,7 +109,9 @@ def measure(options: argparse.Namespace, size: str, name: str, precision: str, m
 def collect(options: argparse.Namespace, sizes: list[str], figures: dict[str, Any]) -> None:
     """Measure what is asked for and not in the figures yet; they are written as they come."""
     rows: list[dict[str, Any]] = figures["rows"]
-    runs = [("float32", "default"), ("default", "default")] + [("float32", "returned")] * options.malloc
+    # Where the processor does not compute in bfloat16, the default is float32, and fine-tuning in bfloat16 takes for ever.
+    differs = [("default", "default")] * (resolve_dtype("auto", torch.device("cpu")) != torch.float32)
+    runs = [("float32", "default"), *differs, *[("float32", "returned")] * options.malloc]
     for size, (precision, malloc), (name, case) in itertools.product(sizes, runs, CASES.items()):
         known = any(_key(row) == (size, name, precision, malloc) for row in rows)
         if known or options.only not in name or (precision == "default" and case.default is None):

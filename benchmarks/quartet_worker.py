@@ -79,7 +79,7 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
                 "microbatch_rows": options.rows,
                 "learning_rate": 3e-6,
             },
-            "run": {"dir": str(folder / "run"), "seed": 7, "return_memory": options.return_memory},
+            "run": {"dir": str(folder / "run"), "seed": 7, "return_memory": options.return_memory or "auto"},
         }
     )
 

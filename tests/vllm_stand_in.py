@@ -22,6 +22,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,7 @@ class Model:
         self.reload(path)
 
     def reload(self, weights_path: str) -> None:
+        transformers_logging.disable_progress_bar()  # it would be in the output that a test reads
         self.base = AutoModelForCausalLM.from_pretrained(weights_path, dtype=torch.float32).eval()
 
     @torch.no_grad()

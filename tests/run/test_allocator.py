@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 
-from quartet.run.allocator import return_freed_memory
+from quartet.run import allocator
+from quartet.run.allocator import LARGE, RETURNED_FROM, return_freed_memory
 
 SCRIPT = """
 import sys
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.memory_probe import anonymous_bytes
 import torch
-assert return_freed_memory(sys.argv[1] == "return", tight=False) is (sys.argv[1] == "return")
+set_to = return_freed_memory(sys.argv[1] == "return", tight=False, fleeting=False)
+assert (set_to is not None) is (sys.argv[1] == "return")
 torch.ones(24 * 2**18).sum()  # 24 MiB: glibc's own threshold grows to this size once it is freed
 before = anonymous_bytes()
 tensors = [torch.ones(2**18) for _ in range(64)]  # 64 blocks of 1 MiB
@@ -37,6 +40,28 @@ def test_gaps_between_tensors_are_returned() -> None:
     assert max(taken["return"], taken["now"]) < 40 * 2**20
 
 
-def test_auto_waits_until_memory_is_tight() -> None:
-    assert not return_freed_memory("auto", tight=False)
-    assert not return_freed_memory(False, tight=True)
+@pytest.mark.parametrize(
+    ("wanted", "tight", "fleeting", "smallest"),
+    [
+        ("auto", False, False, None),
+        ("auto", False, True, LARGE),
+        ("auto", True, True, RETURNED_FROM),
+        ("auto", True, False, RETURNED_FROM),
+        (True, False, False, RETURNED_FROM),
+        (False, True, True, None),
+    ],
+)
+def test_what_is_returned(
+    wanted: bool | Literal["auto"], tight: bool, fleeting: bool, smallest: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, what: int, value: int) -> int:
+            told.append((what, value))
+            return 1
+
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert return_freed_memory(wanted, tight=tight, fleeting=fleeting) == smallest
+    assert told == ([] if smallest is None else [(-3, smallest)])  # M_MMAP_THRESHOLD in malloc.h

@@ -155,3 +155,19 @@ def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(
     memory = plan_of(run)["memory"]
     assert memory["not_predicted"] in line
     assert "peak" not in memory["phases"]["update"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "device", "fleeting"),
+    [(40, 80, "cpu", True), (80, 40, "cpu", False), (40, 80, "cuda", False)],
+)
+def test_fleeting_where_most_of_the_highest_phase_comes_and_goes(
+    weights: int, activations: int, device: str, fleeting: bool
+) -> None:
+    lasting = {"weights": weights - 15, "optimizer": 5, "gradients": 5, "libraries": 5}
+    phases = {
+        "load": {"weights": 9, "optimizer": 0, "gradients": 0, "libraries": 0, "activations": 0, "peak": 9},
+        "update": lasting | {"activations": activations, "peak": weights + activations},
+    }
+    assert MemoryAccount(torch.device(device), {"phases": phases}).fleeting is fleeting
+    assert not MemoryAccount(torch.device(device), {"phases": {"update": {"measured": 3}}}).fleeting

@@ -220,7 +220,8 @@ class RunConfig(Section):
     """Iterations between evaluations on the fixed prompts; 0 for none but first and last."""
     return_memory: bool | Literal["auto"] = "auto"
     """On the CPU: return the memory of freed tensors to the system at once, which takes less memory and more time. auto
-    does so where the predicted peak is over half of the free memory."""
+    does so where the predicted peak is over half of the free memory, and with tensors of 2 MiB or more where tensors that
+    come and go are over half of the predicted peak, as with LoRA; false never does."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

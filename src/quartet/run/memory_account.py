@@ -80,6 +80,16 @@ class MemoryAccount:
         free = self._record.get("free")
         return self._device.type == "cpu" and free is not None and max(peaks, default=0) > free / 2
 
+    @property
+    def fleeting(self) -> bool:
+        """Whether more than half of the predicted peak is tensors that come and go within a phase."""
+        phases = [phase for phase in self._record["phases"].values() if phase.get("peak")]
+        highest = max(phases, key=lambda phase: phase["peak"], default=None)
+        if self._device.type != "cpu" or highest is None:
+            return False
+        lasting = sum(highest[kind] for kind in ("weights", "optimizer", "gradients", "libraries"))
+        return bool(lasting < highest["peak"] / 2)
+
     @contextmanager
     def measuring(self, phase: str) -> Iterator[None]:
         """Take the peak of a phase; stages that are not in `PHASES` are let run unmeasured."""

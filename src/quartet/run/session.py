@@ -72,7 +72,7 @@ class Session:
         inputs = engine.agree(lambda: read_inputs(config, progress.say))
         memory = account_for(config)
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
-        return_freed_memory(config.run.return_memory, tight=memory.tight)
+        return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
         engine.agree(lambda: None if engine.rank else folder.create(config, memories, fingerprints(inputs)))
@@ -111,7 +111,7 @@ class Session:
         # One process of each machine compares what that machine has.
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
         memory = account_for(config, folder.read_plan().get("memory"))
-        return_freed_memory(config.run.return_memory, tight=memory.tight)
+        return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
