@@ -10,6 +10,7 @@ from pipeline import Pipeline
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate
+from quartet.memory.libraries import ADAPTERS_AT_LOAD, AT_LOAD
 
 CASES = [
     ("llama", "sft", "reward", {}),
@@ -148,3 +149,20 @@ def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimi
         assert (mine.gradients, mine.optimizer) == (whole.gradients / gradients, whole.optimizer / optimizer)
     # A share of a weight in a file is a copy of it.
     assert [b.mapped > 0 for b in four.backbones] == [not b.trained and weights == 1 for b in four.backbones]
+
+
+@pytest.mark.parametrize(
+    ("sft", "reward", "sharing", "read"),
+    [("sft", "reward", "paired", ()), ("sft", "reward-lora", "single", ("reward",)), ("sft", "reward", "separate", None)],
+)
+def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
+    tiny_run: Any, sft: str, reward: str, sharing: str, read: tuple[str, ...] | None
+) -> None:
+    lora = {} if read is None else {"models.lora": {"r": 4}}
+    pipeline = Pipeline(tiny_run("llama", sft=sft, reward=reward, **lora, **{"models.sharing": sharing}))
+    estimate = estimate_for(pipeline)
+    backbone = pipeline.roles.backbones[estimate.backbones[0].name].model
+    in_files = [p.nbytes for name, p in backbone.named_parameters() if "lora_" in name and ".reward." in name]
+    assert bool(in_files) is bool(read)
+    imported = estimate.phase("load").libraries - sum(in_files)
+    assert imported == (AT_LOAD if read is None else AT_LOAD + ADAPTERS_AT_LOAD)

@@ -13,6 +13,7 @@ from quartet.distributed import CUTTING, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
+from quartet.memory.libraries import KERNEL, KERNELS, LIBRARIES, libraries_at_load
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -32,16 +33,6 @@ from quartet.memory.traffic import traffic, travel_bytes
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import ROLES, BackboneSpec, Role, SharingPlan, Task
-
-LIBRARIES = 24 * 2**20
-"""On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
-imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
-KERNEL = 550 * 2**10
-"""On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
-KERNELS = 1024
-"""Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
-LIBRARIES_AT_LOAD = 6 * 2**20
-"""The part of it that loading brings in, measured at 3 to 9 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +93,8 @@ class Estimator:
         on_cpu = self.device.type == "cpu"
         trained = sum(role.gradients for role in roles)  # as many bytes as the weights
         extra = loading_bytes(choices, trained, after_load - trained, cuda=not on_cpu)
-        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, LIBRARIES_AT_LOAD if on_cpu else 0, "weights")
+        libraries = libraries_at_load(plan, roles) if on_cpu else 0
+        load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, libraries, "weights")
         return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, LIBRARIES if on_cpu else 0, load)
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:

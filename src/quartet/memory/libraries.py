@@ -1,0 +1,29 @@
+"""What the libraries take for themselves on a CPU, as measured by benchmarks/memory_plan.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quartet.memory.figures import RoleBytes
+from quartet.models.plan import SharingPlan
+
+LIBRARIES = 24 * 2**20
+"""On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
+imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
+KERNEL = 550 * 2**10
+"""On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
+KERNELS = 1024
+"""Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+AT_LOAD = int(3.3 * 2**20)
+"""The part of `LIBRARIES` that loading brings in: model code that is imported."""
+ADAPTERS_AT_LOAD = 3 * 2**20
+"""The same of PEFT's layers."""
+
+
+def libraries_at_load(plan: SharingPlan, roles: Iterable[RoleBytes]) -> float:
+    """Bytes at the peak of loading beside weights and adapters: an adapter's file is read beside the adapter that it fills."""
+    specs = [adapter for spec in plan.backbones for adapter in spec.adapters]
+    read = {adapter.name for adapter in specs if adapter.source is not None}
+    fills: set[str] = {view.role for view in plan.views if view.adapter is not None and view.adapter in read}
+    largest = max((role.adapters for role in roles if role.role in fills), default=0)
+    return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + largest
