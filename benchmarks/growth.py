@@ -1,4 +1,4 @@
-"""How time and memory of Quartet's iteration grow with episodes and with response tokens, at size S."""
+"""How time and memory of Quartet's iteration (one epoch) grow with episodes and with response tokens, at size S."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def measure(options: argparse.Namespace, episodes: int, response: int) -> dict[s
     """The second of two iterations."""
     arguments = ["--root", str(options.models / "S"), "--plan", "separate", "--dtype", "float32"]
     arguments += ["--episodes", str(episodes), "--response-length", str(response), "--iterations", "2"]
+    arguments += ["--epochs", "1"]
     raw = run_worker(sys.executable, "quartet_worker.py", arguments, options.threads)
     last = raw["iterations"][-1]
     return {

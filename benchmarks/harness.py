@@ -28,7 +28,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--peer", type=Path, default=BENCH / "peer/bin/python", help="Python with TRL 1.12")
     found.add_argument("--models", type=Path, default=BENCH / "models", help="checkpoints, made where missing")
     found.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every worker")
-    found.add_argument("--only", default="", help="only the cases whose name contains this")
+    found.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only cases whose names contain one of these"
+    )
     return found
 
 
@@ -40,6 +42,8 @@ def require(python: Path) -> None:
 
 def make_models(options: argparse.Namespace, sizes: list[str], *, early: bool) -> None:
     """Write the checkpoints that are missing."""
+    if not sizes:
+        return
     command = [sys.executable, "-W", "ignore", str(HERE / "peer/make_models.py"), "--out", str(options.models), *sizes]
     _run([*command, "--early"] if early else command, options.threads, {})
 
@@ -119,3 +123,14 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def rows_of_before(file: Path | None, versions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same versions; none where there was no such run."""
+    if file is None or not file.exists():
+        return []
+    before = json.loads(file.read_text())
+    if before["versions"] != versions:
+        raise SystemExit(f"{file} was measured with other versions; leave out --resume to measure all rows again")
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from harness import (
     parser,
     peer_versions,
     require,
+    rows_of_before,
     run_worker,
     write_json,
 )
@@ -114,7 +114,7 @@ def collect(options: argparse.Namespace, sizes: list[str], figures: dict[str, An
     runs = [("float32", "default"), *differs, *[("float32", "returned")] * options.malloc]
     for size, (precision, malloc), (name, case) in itertools.product(sizes, runs, CASES.items()):
         known = any(_key(row) == (size, name, precision, malloc) for row in rows)
-        if known or options.only not in name or (precision == "default" and case.default is None):
+        if known or not any(text in name for text in options.only) or (precision == "default" and case.default is None):
             continue
         row = measure(options, size, name, precision, malloc)
         rows.append(row)
@@ -185,19 +185,10 @@ def main() -> None:
     }
     print(heading(versions, options.threads))
     figures = {"machine": machine(), "versions": versions, "threads": options.threads, "rows": []}
-    if options.resume and options.json is not None and options.json.exists():
+    if options.resume:
         figures["rows"] = rows_of_before(options.json, versions)
     collect(options, sizes, figures)
     tables(figures["rows"])
-
-
-def rows_of_before(file: Path, versions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run; it must have been one of the same versions."""
-    before = json.loads(file.read_text())
-    if before["versions"] != versions:
-        raise SystemExit(f"{file} was measured with other versions; leave out --resume to measure all rows again")
-    rows: list[dict[str, Any]] = before["rows"]
-    return rows
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ time; `tokens/s` are response tokens over the whole iteration; the floor is that
 measured at the start, `share` is the floor over the measured time, and `update` the same for the update alone.
 
 usage: make bench-peer
-       python benchmarks/ppo_iteration.py [--quick] [--minutes 25] [--only TEXT] [--json FILE]
+       python benchmarks/ppo_iteration.py [--quick] [--minutes 25] [--only TEXT ...] [--json FILE]
        python benchmarks/ppo_iteration.py --growth docs/growth.svg
 """
 
@@ -26,7 +26,18 @@ from typing import Any
 
 import torch
 from growth import run_growth
-from harness import heading, machine, make_models, own_versions, parser, peer_versions, require, run_worker, write_json
+from harness import (
+    heading,
+    machine,
+    make_models,
+    own_versions,
+    parser,
+    peer_versions,
+    require,
+    rows_of_before,
+    run_worker,
+    write_json,
+)
 from iteration_table import print_case
 
 from quartet.models.precision import resolve_dtype
@@ -75,7 +86,7 @@ def schedule(options: argparse.Namespace) -> list[Case]:
     else:
         large = [Case("M", False, False), Case("M", True, False), Case("M", True, True)]
         order = [*small, *large, *small, Case("M", False, True), *small, *large]
-    return [case for case in order if options.only in case.name]
+    return [case for case in order if any(text in case.name for text in options.only)]
 
 
 def one_round(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
@@ -91,11 +102,10 @@ def one_round(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     return found
 
 
-def all_rounds(options: argparse.Namespace, figures: dict[str, Any]) -> dict[str, Case]:
-    """Run rounds until the next would be too long; the cases that were asked for, by name."""
+def all_rounds(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Run rounds until the next would be too long."""
     begin, taken = time.monotonic(), dict[str, float]()
-    cases = schedule(options)
-    for case in cases:
+    for case in schedule(options):
         start = time.monotonic()
         if start - begin + taken.get(case.name, EXPECTED[case.size]) > 60 * options.minutes:
             continue
@@ -103,14 +113,14 @@ def all_rounds(options: argparse.Namespace, figures: dict[str, Any]) -> dict[str
         taken[case.name] = time.monotonic() - start
         print(f"{(time.monotonic() - begin) / 60:5.1f} min: {case.name}, {taken[case.name]:.0f} s", file=sys.stderr)
         write_json(options.json, figures)
-    return {case.name: case for case in cases}
 
 
 def compare(options: argparse.Namespace) -> None:
     """Measure both sides; print the table."""
     require(options.peer)
     cases = schedule(options)
-    make_models(options, sorted({case.size for case in cases}), early=any(case.early for case in cases))
+    for early in (False, True):
+        make_models(options, sorted({case.size for case in cases if case.early is early}), early=early)
     versions = {"quartet": own_versions(), "peer": peer_versions(options.peer)}
     print(heading(versions, options.threads), flush=True)
     rates = run_worker(sys.executable, "floor.py", [], options.threads)
@@ -119,9 +129,11 @@ def compare(options: argparse.Namespace) -> None:
     if not options.default_differs:
         print("this processor does not multiply matrices in bfloat16: Quartet's default precision is float32 here")
     figures: dict[str, Any] = {"machine": machine(), "versions": versions, "threads": options.threads, "rates": rates}
-    figures |= {"episodes": EPISODES, "epochs": EPOCHS, "rows": []}
-    cases, medians = all_rounds(options, figures), {}
-    for name, case in cases.items():
+    rows = rows_of_before(options.json, versions) if options.resume else []
+    figures |= {"episodes": EPISODES, "epochs": EPOCHS, "rows": rows}
+    all_rounds(options, figures)
+    medians: dict[str, Any] = {}
+    for name, case in {case.name: case for case in cases}.items():
         rows = [row for row in figures["rows"] if row["case"] == name]
         if not rows:
             print(f"\n{name}: not measured, a round does not fit into what is left of {options.minutes:g} minutes")
@@ -135,6 +147,7 @@ def main() -> None:
     """Compare with the peer, or show growth."""
     found = parser(__doc__)
     found.add_argument("--minutes", type=float, default=24.0, help="start no round that would end later (default 24)")
+    found.add_argument("--resume", action="store_true", help="add rounds to those in the file of --json")
     found.add_argument("--growth", type=Path, metavar="IMAGE", help="measure growth instead and plot it here")
     options = found.parse_args()
     if options.growth is None:

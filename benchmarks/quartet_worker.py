@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, settle, warm_up, write_result
+from torch.profiler import ProfilerActivity, profile
 
 from quartet.config import Config, parse_config
 from quartet.distributed import SingleProcess
@@ -45,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--return-memory", action="store_true", help="run.return_memory: true")
     parser.add_argument("--sample-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print what the last update's time went to")
     return parser.parse_args()
 
 
@@ -84,7 +89,18 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
     )
 
 
-def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any]:
+@contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Print torch's profile of the block to standard error."""
+    if not wanted:
+        yield
+        return
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        yield
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), file=sys.stderr)
+
+
+def iteration(session: Session, updater: Updater, probe: Probe, *, profile_update: bool) -> dict[str, Any]:
     """The four stages of one iteration, each a phase."""
     config, loaded = session.config, session.loaded
     prompts = session.next_prompts()
@@ -96,7 +112,8 @@ def iteration(session: Session, updater: Updater, probe: Probe) -> dict[str, Any
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
     settle(config.models.device)
     probe.enter("update")
-    updater.update(batch, iteration=session.state.iteration + 1)
+    with profiled(profile_update):
+        updater.update(batch, iteration=session.state.iteration + 1)
     settle(config.models.device)
     return_gaps()  # as `Session.timed` does
     probe.enter("between")
@@ -129,7 +146,8 @@ def main() -> None:
         )
         iterations = []
         for done in range(options.iterations):
-            iterations.append(iteration(session, updater, probe))
+            last = done + 1 == options.iterations
+            iterations.append(iteration(session, updater, probe, profile_update=options.profile and last))
             session.state = type(session.state)(done + 1, (done + 1) * options.episodes, session.state.kl_coef)
     result = {
         "floor": probe.floor,

@@ -156,7 +156,7 @@ def main() -> None:
     about = {"machine": machine(), "versions": versions, "seed": SEED, "threads": options.threads, "workload": workload}
     rows, raw = [], []
     for case in cases(options.quick):
-        if options.only not in case["name"]:
+        if not any(text in case["name"] for text in options.only):
             continue
         ranks = measure(case, options, iterations)
         rows.append(summary(case, ranks))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.models.gated import gated_mlp
+from quartet.models.gated import gated_mlp, multiplied
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 """What the forward of a gated MLP computes, in the source of every family that has one."""
@@ -26,7 +26,7 @@ def use_fused_layers(model: nn.Module) -> None:
     """Let gated MLPs and RMS norms take their own passes where gradients are taken.
 
     Layers are known by what the source of their forward says, whatever their class is called; others stay as they are.
-    Without gradients every layer runs the library's code.
+    Without gradients every layer computes, bit for bit, what the library's does.
     """
     for module in model.modules():
         kind = None if "forward" in vars(module) else _fused_kind(type(module))
@@ -57,8 +57,8 @@ def _fused_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            plain: Tensor = kind.forward(self, x)
+        if not torch.is_grad_enabled():  # the library's arithmetic, with one tensor less
+            plain: Tensor = self.down_proj(multiplied(self.act_fn, self.gate_proj(x), self.up_proj(x)))
             return plain
         return gated_mlp(self.gate_proj(x), self.up_proj(x), self.act_fn, self.down_proj)
 

@@ -40,7 +40,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _multiplied(activation, gate, up)
+        return multiplied(activation, gate, up)
 
     @staticmethod
     @once_differentiable
@@ -67,7 +67,7 @@ class _GatedDown(torch.autograd.Function):
     ) -> Tensor:
         dtype = computed_in(gate)
         ctx.activation, ctx.scale, ctx.dtype = activation, scale, dtype
-        between = _multiplied(activation, gate, up).to(dtype)
+        between = multiplied(activation, gate, up).to(dtype)
         result = product(between, weight.to(dtype), None if bias is None else bias.to(dtype))
         low = None
         if lora_down is not None and lora_up is not None:
@@ -102,7 +102,7 @@ class _GatedDown(torch.autograd.Function):
         return by_gate, active.mul_(by_between), None, by_weight, by_bias, by_lora_down, by_lora_up, None
 
 
-def _multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+def multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """`activation(gate) * up` in the memory of the activation."""
     active = activation(gate)
     return active * up if active is gate else active.mul_(up)
