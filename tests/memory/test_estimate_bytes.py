@@ -153,7 +153,11 @@ def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimi
 
 @pytest.mark.parametrize(
     ("sft", "reward", "sharing", "read"),
-    [("sft", "reward", "paired", ()), ("sft", "reward-lora", "single", ("reward",)), ("sft", "reward", "separate", None)],
+    [
+        ("sft", "reward", "paired", ()),
+        ("sft", "reward-lora", "single", ("reward",)),
+        ("sft", "reward", "separate", None),
+    ],
 )
 def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
     tiny_run: Any, sft: str, reward: str, sharing: str, read: tuple[str, ...] | None

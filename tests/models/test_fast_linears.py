@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,3 +165,19 @@ def test_without_gradients_an_adapter_of_zeros_changes_no_bit() -> None:
             policy = model(states)
         with switch.on(None):
             assert torch.equal(policy, model(states))
+
+
+class Quantized(nn.Linear):
+    """A linear layer by inheritance only, as bitsandbytes has them."""
+
+
+def test_only_plain_layers_are_taken_apart() -> None:
+    model = make("one")
+    use_fast_linears(model)
+    layers: list[Any] = [model.up, model.wide]
+    with AdapterSwitch(model).on("one"):
+        assert all(layer.taken_apart().down is layer.lora_A["one"].weight for layer in layers)
+        model.wide.base_layer.__class__ = Quantized
+        assert layers[1].taken_apart() is None
+        found = gradients(model, torch.randn(4, 64))
+    assert any("wide.lora_A.one" in key for key in found)

@@ -125,8 +125,11 @@ class FastLoraLinear(LoraLinear):
 
     def taken_apart(self) -> Weights | None:
         """The tensors that the layer computes with now; None where only PEFT knows."""
-        base, names = self.base_layer, self.active_adapters
-        if not isinstance(base, nn.Linear) or "forward" in vars(base) or base.weight.requires_grad or self.merged:
+        base: Any = self.base_layer
+        names = self.active_adapters
+        if type(base) not in (nn.Linear, FastLinear) or "forward" in vars(base) or self.merged:
+            return None  # quantized layers are linear layers by inheritance only
+        if base.weight.requires_grad:
             return None
         if self.disable_adapters or not names:
             return Weights(base.weight, base.bias)
