@@ -123,6 +123,28 @@ def test_layers_of_others_stay() -> None:
     assert type(model.wide) is FastLinear
 
 
+def test_small_products_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wide in (True, False):
+        monkeypatch.setattr(linears, "_widest_vectors", lambda wide=wide: wide)
+        model = make()
+        assert [linears.has_onednn(layer.weight) for layer in (model.up, model.wide, model.small)] == [
+            wide,
+            wide,
+            False,
+        ]
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_layer_replaced_later_is_not_taken_apart(name: str | None) -> None:
+    model = make(*() if name is None else (name,))
+    use_fast_linears(model)
+    up: Any = model.up
+    with AdapterSwitch(model).on(name):
+        assert up.taken_apart() is not None
+        up.forward = lambda states: states @ torch.ones(64, 512)
+        assert up.taken_apart() is None
+
+
 def test_restored_layers_are_as_they_were() -> None:
     model = make("one")
     before = {name: type(module) for name, module in model.named_modules()}

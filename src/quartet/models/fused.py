@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet.models.gated import gated_mlp, multiplied
+from quartet.models.linears import is_replaced
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 """What the forward of a gated MLP computes, in the source of every family that has one."""
@@ -29,7 +30,7 @@ def use_fused_layers(model: nn.Module) -> None:
     Without gradients every layer computes, bit for bit, what the library's does.
     """
     for module in model.modules():
-        kind = None if "forward" in vars(module) else _fused_kind(type(module))
+        kind = None if is_replaced(module) else _fused_kind(type(module))
         if kind is not None:
             module.__class__ = kind
 

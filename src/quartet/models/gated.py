@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.models.linears import FastLinear, FastLoraLinear, by_transposed, computed_in, product
+from quartet.models.linears import (
+    FastLinear,
+    FastLoraLinear,
+    add_low_rank,
+    by_transposed,
+    computed_in,
+    low_rank_gradients,
+    product,
+)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -71,8 +79,7 @@ class _GatedDown(torch.autograd.Function):
         result = product(between, weight.to(dtype), None if bias is None else bias.to(dtype))
         low = None
         if lora_down is not None and lora_up is not None:
-            low = between.flatten(0, -2) @ lora_down.to(dtype).t()
-            result.flatten(0, -2).addmm_(low, lora_up.to(dtype).t(), alpha=scale)
+            low = add_low_rank(result, between, lora_down, lora_up, scale)
         ctx.save_for_backward(gate, up, weight, lora_down, lora_up, low)
         return result
 
@@ -85,16 +92,13 @@ class _GatedDown(torch.autograd.Function):
         flat = gradient.flatten(0, -2)
         by_between = by_transposed(gradient, weight.to(dtype))
         by_weight = by_lora_down = by_lora_up = None
-        between = (active * up).to(dtype).flatten(0, -2) if needs[3] or needs[5] else None
+        between = (active * up).to(dtype) if needs[3] or low is not None else None
         if between is not None and needs[3]:
-            by_weight = (flat.t() @ between).to(weight.dtype)
-        if low is not None:
-            low_gradient = (flat @ lora_up.to(dtype)).mul_(ctx.scale)
-            by_between.flatten(0, -2).addmm_(low_gradient, lora_down.to(dtype))
-            if between is not None and needs[5]:
-                by_lora_down = (low_gradient.t() @ between).to(lora_down.dtype)
-            if needs[6]:
-                by_lora_up = (flat.t() @ low).mul_(ctx.scale).to(lora_up.dtype)
+            by_weight = (flat.t() @ between.flatten(0, -2)).to(weight.dtype)
+        if between is not None and low is not None:
+            adapter = lora_down.to(dtype), lora_up.to(dtype)
+            found = low_rank_gradients(gradient, by_between, between, low, *adapter, ctx.scale)
+            by_lora_down, by_lora_up = found[0].to(lora_down.dtype), found[1].to(lora_up.dtype)
         del between
         by_bias = flat.sum(0) if needs[4] else None
         by_between = by_between.to(gate.dtype)

@@ -33,7 +33,7 @@ def use_fast_linears(model: nn.Module) -> None:
     variants stay as they are, and so does every layer whose forward another library has replaced.
     """
     for module in model.modules():
-        if "forward" in vars(module):
+        if is_replaced(module):
             continue
         if type(module) is nn.Linear and _is_plain(module.weight):
             _change(module, FastLinear)
@@ -48,6 +48,11 @@ def restore_linears(model: nn.Module) -> None:
             _change(module, nn.Linear)
         elif type(module) is FastLoraLinear:
             _change(module, LoraLinear)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another library has given this module a forward of its own."""
+    return "forward" in vars(module)
 
 
 def _change(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -99,8 +104,8 @@ class FastLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
     def taken_apart(self) -> Weights | None:
-        """The layer's tensors, for those who compute for it."""
-        return Weights(self.weight, self.bias)
+        """The layer's tensors, for those who compute for it; None where another library computes."""
+        return None if is_replaced(self) else Weights(self.weight, self.bias)
 
 
 class FastLoraLinear(LoraLinear):
@@ -118,18 +123,16 @@ class FastLoraLinear(LoraLinear):
             frozen: Tensor = super().forward(x)
             return frozen
         result: Tensor = self.base_layer(x)
-        down, up = found.down.to(result.dtype), found.up.to(result.dtype)
-        low = x.flatten(0, -2).to(result.dtype) @ down.t()
-        result.flatten(0, -2).addmm_(low, up.t(), alpha=found.scale)
+        add_low_rank(result, x, found.down, found.up, found.scale)
         return result
 
     def taken_apart(self) -> Weights | None:
         """The tensors that the layer computes with now; None where only PEFT knows."""
         base: Any = self.base_layer
         names = self.active_adapters
-        if type(base) not in (nn.Linear, FastLinear) or "forward" in vars(base) or self.merged:
-            return None  # quantized layers are linear layers by inheritance only
-        if base.weight.requires_grad:
+        if type(base) not in (nn.Linear, FastLinear):  # quantized layers are linear layers by inheritance only
+            return None
+        if is_replaced(self) or is_replaced(base) or self.merged or base.weight.requires_grad:
             return None
         if self.disable_adapters or not names:
             return Weights(base.weight, base.bias)
@@ -198,8 +201,7 @@ class _Lora(torch.autograd.Function):
         ctx.states_dtype, ctx.adapter_dtype, ctx.scale = states.dtype, down.dtype, scale
         states, down, up = states.to(dtype), down.to(dtype), up.to(dtype)
         result = product(states, weight.to(dtype), None if bias is None else bias.to(dtype))
-        low = states.flatten(0, -2) @ down.t()
-        result.flatten(0, -2).addmm_(low, up.t(), alpha=scale)
+        low = add_low_rank(result, states, down, up, scale)
         ctx.save_for_backward(states, weight, down, up, low)
         return result
 
@@ -207,16 +209,30 @@ class _Lora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, down, up, low = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
-        low_gradient = (flat @ up).mul_(ctx.scale)
-        by_states = None
-        if ctx.needs_input_grad[0]:
-            by_states = by_transposed(gradient, weight.to(gradient.dtype))
-            by_states.flatten(0, -2).addmm_(low_gradient, down)
+        by_states = by_transposed(gradient, weight.to(gradient.dtype)) if ctx.needs_input_grad[0] else None
+        by_down, by_up = low_rank_gradients(gradient, by_states, states, low, down, up, ctx.scale)
+        if by_states is not None:
             by_states = by_states.to(ctx.states_dtype)
-        by_down = (low_gradient.t() @ states.flatten(0, -2)).to(ctx.adapter_dtype) if ctx.needs_input_grad[3] else None
-        by_up = (flat.t() @ low).mul_(ctx.scale).to(ctx.adapter_dtype) if ctx.needs_input_grad[4] else None
-        return by_states, None, None, by_down, by_up, None
+        return by_states, None, None, by_down.to(ctx.adapter_dtype), by_up.to(ctx.adapter_dtype), None
+
+
+def add_low_rank(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Add `s x A^T B^T` to the layer's result in place; returns the low-rank states `x A^T`, `[tokens, r]`."""
+    dtype = result.dtype
+    low = states.flatten(0, -2).to(dtype) @ down.to(dtype).t()
+    result.flatten(0, -2).addmm_(low, up.to(dtype).t(), alpha=scale)
+    return low
+
+
+def low_rank_gradients(
+    gradient: Tensor, by_states: Tensor | None, states: Tensor, low: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B, where `add_low_rank` gave `low`; the part that goes on to x is added to `by_states` in place."""
+    flat = gradient.flatten(0, -2)
+    low_gradient = (flat @ up).mul_(scale)
+    if by_states is not None:
+        by_states.flatten(0, -2).addmm_(low_gradient, down)
+    return low_gradient.t() @ states.flatten(0, -2), (flat.t() @ low).mul_(scale)
 
 
 def computed_in(states: Tensor) -> torch.dtype:

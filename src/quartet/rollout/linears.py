@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from quartet.models.linears import FastLinear, FastLoraLinear
+from quartet.models.linears import FastLinear, FastLoraLinear, add_low_rank, is_replaced
 
 _SMALLEST_SIDE = 64
 """Below, as in a LoRA matrix, the call costs more than the product."""
@@ -41,7 +41,7 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None) -> I
     try:
         for module in model.modules():
             forward = None
-            if "forward" in vars(module):
+            if is_replaced(module):
                 continue
             if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
                 forward = _linear_forward(module, dtype)
@@ -98,14 +98,13 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
     high: Any = module.lora_B[adapter]
     if high.bias is not None or not _is_here(low.weight):
         return None
-    down = low.weight.detach().to(dtype).t()
-    up = (high.weight.detach() * module.scaling[adapter]).to(dtype).t()
+    down = low.weight.detach().to(dtype)
+    up = (high.weight.detach() * module.scaling[adapter]).to(dtype)
     return partial(_with_lora, module.base_layer, down, up)
 
 
 def _with_lora(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Tensor:
-    """`base(x) + x down up`, the sum taken in the matrix product."""
+    """`base(x) + x A^T B^T`, the sum taken in the matrix product."""
     result: Tensor = base(states)
-    low = states.flatten(0, -2).to(down.dtype) @ down
-    result.flatten(0, -2).addmm_(low, up)
+    add_low_rank(result, states, down, up, 1.0)
     return result
