@@ -15,9 +15,10 @@ from quartet.memory.choices import Choices, Workload, choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.shapes import shape_of
-from quartet.memory.skeleton import tensors_of
-from quartet.memory.trace import MemoryTrace
+from quartet.memory.skeleton import fake_roles, tensors_of
+from quartet.memory.trace import MemoryTrace, fake_mode
 from quartet.models.checkpoint_info import read_checkpoint
+from quartet.models.linears import FastLinear
 from quartet.models.plan import Source, make_plan
 
 WORKLOAD = Workload(10, 6, 8, 1, 1, False, 1.0, 1.0)
@@ -116,3 +117,15 @@ def test_gradients_of_the_microbatches_before_are_there(tiny_run: Any) -> None:
     trained = sum(p.nbytes for role in ("policy", "value") for _, p in one.roles.trained_parameters(role))  # type: ignore[arg-type]
     assert held[1].gradients == trained
     assert held[0].peak < held[1].peak
+
+
+@pytest.mark.parametrize(("engine", "own"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp2", False)])
+def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run: Any, engine: str, own: bool) -> None:
+    """As a run loads them: the update of a gated MLP then keeps the product of its gate."""
+    pipeline = Pipeline(tiny_run("llama"))
+    plan, sft, reward = pipeline.inputs.plan, pipeline.inputs.sft, pipeline.inputs.reward
+    choices = choices_of(pipeline.config, torch.device("cpu"), world_size=2, engine=engine)
+    mode = fake_mode()
+    roles = fake_roles(plan, sft, reward, choices, 1, mode)
+    found = {type(module) for backbone in roles.backbones.values() for module in backbone.model.modules()}
+    assert (FastLinear in found) is own

@@ -171,3 +171,19 @@ def test_fleeting_where_most_of_the_highest_phase_comes_and_goes(
     }
     assert MemoryAccount(torch.device(device), {"phases": phases}).fleeting is fleeting
     assert not MemoryAccount(torch.device(device), {"phases": {"update": {"measured": 3}}}).fleeting
+
+
+@pytest.mark.parametrize("fleeting", [False, True])
+def test_a_run_and_its_resumption_tell_the_allocator(
+    fleeting: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[object, bool, bool]] = []
+    monkeypatch.setattr(MemoryAccount, "fleeting", fleeting)
+    monkeypatch.setattr(MemoryAccount, "tight", not fleeting)
+    monkeypatch.setattr(
+        "quartet.run.session.return_freed_memory",
+        lambda wanted, *, tight, fleeting: told.append((wanted, tight, fleeting)),
+    )
+    train(tiny_run(**{"run.eval_every": 0, "ppo.iterations": 1, "run.save_every": 1}), progress=log()[0])
+    resume(tmp_path / "run", progress=log()[0])
+    assert told == [("auto", not fleeting, fleeting)] * 2
