@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quartet.config import Config, parse_config
 from quartet.models.backbone import Backbone
+from quartet.models.layout import Layout
 from quartet.models.roles import Roles
 from quartet.records import Advantaged, Prompts, Rollout, Scored, Sequences, UpdateStats
 from quartet.run.setup import load_everything, read_inputs
@@ -92,7 +93,8 @@ class Pipeline:
 def hidden_of(backbone: Backbone, ids: Tensor, adapter: str | None) -> Tensor:
     """Last hidden states of rows of tokens `[n, L]` without padding."""
     lengths = torch.full((len(ids),), ids.shape[1])
-    return backbone.hidden(Sequences(ids, lengths, torch.zeros_like(lengths)), adapter)
+    layout = Layout.padded(Sequences(ids, lengths, torch.zeros_like(lengths)))
+    return backbone.hidden(layout, adapter).view(*ids.shape, -1)
 
 
 def sequences(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Sequences, Tensor]:

@@ -103,34 +103,19 @@ class Sequences:
     """int64 `[n]`."""
     trunks: Mapping[str, Tensor] = field(default_factory=dict)
     """States `[n, L, H]` after the frozen layers, by backbone, where they are known already."""
-    response_total: int | None = None
-    """Sum of `response_lengths` where the host knows it; a GPU is then not waited for."""
+    prompts: tuple[int, ...] | None = None
+    """`prompt_lengths` where the host knows them; a GPU is then not waited for."""
+    responses: tuple[int, ...] | None = None
+    """`response_lengths`, likewise."""
 
     def places(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Row and step of every response token that `mask` `[n, T]`, the response mask, selects: int64 `[k]` each."""
-        if self.response_total is None:
+        if self.responses is None:
             row, step = mask.nonzero(as_tuple=True)
             return row, step
-        row, step = torch.nonzero_static(mask, size=self.response_total).unbind(1)
+        row, step = torch.nonzero_static(mask, size=sum(self.responses)).unbind(1)
         return row, step
-
-    def before(self, row: Tensor, step: Tensor) -> Tensor:
-        """Flat positions in `[n * L]` of the tokens before the given response positions."""
-        return row * self.input_ids.shape[1] + self.prompt_lengths[row] - 1 + step
-
-    def before_every_step(self, steps: int) -> Tensor:
-        """Flat positions in `[n * L]` of the tokens before the response positions 0 to `steps` - 1: `[n, steps]`. Past the
-        end of a sequence they point to padding of its row."""
-        width = self.input_ids.shape[1]
-        step = torch.arange(steps, device=self.input_ids.device)
-        within = (self.prompt_lengths[:, None] - 1 + step).clamp(max=width - 1)
-        return within + width * torch.arange(len(self.input_ids), device=self.input_ids.device)[:, None]
 
     def response_tokens(self, row: Tensor, step: Tensor) -> Tensor:
         """Response tokens at the given positions."""
         return self.input_ids[row, self.prompt_lengths[row] + step]
-
-    def last_positions(self) -> Tensor:
-        """Flat positions in `[n * L]` of each sequence's last token."""
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
-        return rows * self.input_ids.shape[1] + self.prompt_lengths + self.response_lengths - 1

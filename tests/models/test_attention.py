@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from quartet.models import attention
-from quartet.models.attention import LONGEST, NAME, short_attention, use_short_attention
+from quartet.models.attention import LONGEST, NAME, short_attention, use_own_attention
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ def test_everything_else_goes_to_sdpa(case: str, monkeypatch: pytest.MonkeyPatch
 def test_only_models_on_sdpa_are_touched() -> None:
     config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8)
     eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    use_short_attention(eager)
+    use_own_attention(eager)
     assert eager.config._attn_implementation == "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     ids = torch.arange(6)[None]
     before = model(ids).logits
-    use_short_attention(model)
+    use_own_attention(model)
     assert model.config._attn_implementation == NAME
     assert torch.equal(model(ids).logits, before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quartet.demo.conversion import quiet_transformers
 from quartet.errors import CheckpointError
-from quartet.models.attention import use_short_attention
+from quartet.models.attention import use_own_attention
 
 
 class Scorer:
@@ -63,7 +63,7 @@ def new_scorer(model_dir: Path, *, lora_rank: int, lora_alpha: int, head_std: fl
     precision = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     with quiet_transformers():  # It would warn that the score head is new, which it is meant to be.
         model: Any = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=precision)
-    use_short_attention(model)
+    use_own_attention(model)
     if model.config.pad_token_id is None:
         raise CheckpointError(f"{model_dir} names no pad token in its config.json; add pad_token_id there")
     model.config._name_or_path = str(model_dir.resolve())

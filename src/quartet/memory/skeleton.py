@@ -18,7 +18,7 @@ from quartet.memory.quantized import quantize
 from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
 from quartet.memory.trace import LayerLabels, MemoryTrace, vocabulary_of
 from quartet.models import adapters
-from quartet.models.attention import use_short_attention
+from quartet.models.attention import use_own_attention
 from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.fused import use_fused_layers
@@ -26,6 +26,7 @@ from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.linears import restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.offload import Residency
+from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
@@ -43,7 +44,12 @@ class PlannedSequences(Sequences):
         """Fake sequences, to be made under a fake mode."""
         counts = torch.empty(rows, dtype=torch.int64)
         return PlannedSequences(
-            torch.empty((rows, length), dtype=torch.int64), counts, counts.clone(), response=response
+            torch.empty((rows, length), dtype=torch.int64),
+            counts,
+            counts.clone(),
+            prompts=(length - response,) * rows,
+            responses=(response,) * rows,
+            response=response,
         )
 
     def places(self, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +105,10 @@ def fake_roles(
         score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")
         value = ScalarHead(torch.empty(hidden_size(sft if on_policy else reward)), "score.weight")
     score.requires_grad_(False)
-    return _views(plan, backbones, score, value, Residency())
+    roles = _views(plan, backbones, score, value, Residency())
+    for view in (roles.policy, roles.value):
+        assume_packing(view.backbone, longest_packed(view.backbone))
+    return roles
 
 
 def _held(spec: BackboneSpec, choices: Choices) -> torch.dtype:
@@ -122,7 +131,7 @@ def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int,
         frozen[id(buffer)] = theirs.get_buffer(name)
     _to_fake(model, mode, frozen)
     model.eval().requires_grad_(False)
-    use_short_attention(model)
+    use_own_attention(model)
     use_fast_linears(model)
     use_fused_layers(model)
     return Backbone(spec, model, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)

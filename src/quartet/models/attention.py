@@ -1,4 +1,5 @@
-"""Attention of short sequences in bfloat16 on the CPU, where the fused kernel's backward is slow."""
+"""Attention in the layouts of `layout.py`, and of short sequences in bfloat16 on the CPU, where the fused kernel's backward is
+slow."""
 
 from __future__ import annotations
 
@@ -13,21 +14,29 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-NAME = "quartet_short"
+from quartet.models.layout import packed_now
+
+NAME = "quartet"
 LONGEST = 192
 """Tokens up to which plain matrix products beat the fused kernel (forward and backward, bfloat16, measured)."""
 
 
-def use_short_attention(model: PreTrainedModel) -> None:
-    """Let a model that computes with `sdpa` take plain matrix products where they are faster: short causal sequences in
-    bfloat16 on the CPU with gradients. Everything else goes on to `sdpa` unchanged."""
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Let the attention of a model that computes with `sdpa` know sequences side by side, and take plain matrix products where
+    they are faster: short causal sequences in bfloat16 on the CPU with gradients. All else goes on to `sdpa` unchanged."""
     if model.config._attn_implementation != "sdpa":
         return
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(NAME, short_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, _mask)
         assert NAME in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
     model.set_attn_implementation(NAME)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As for `sdpa`; side by side, each sequence has a row of its own inside the attention and needs none."""
+    mask: Tensor | None = None if packed_now() is not None else sdpa_mask(*args, **kwargs)
+    return mask
 
 
 @contextmanager
@@ -47,6 +56,18 @@ def one_sequence_a_row() -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, before)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`short_attention` of sequences in any layout; shapes are those of the layout."""
+    packed = packed_now()
+    if packed is None:
+        return short_attention(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = packed.one_a_row(query), packed.one_a_row(key), packed.one_a_row(value)
+    mixed, weights = short_attention(module, query, key, value, attention_mask, **kwargs)
+    return packed.side_by_side(mixed), weights
 
 
 def short_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from quartet.distributed import WeightKeeper, WholeWeights
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.attention import one_sequence_a_row
 from quartet.models.branch import Branch
+from quartet.models.layout import Layout, PackedLayout, packed_as, packed_now
 from quartet.models.plan import BackboneSpec
 from quartet.models.precision import autocast
 from quartet.records import Sequences
@@ -33,6 +34,8 @@ class Backbone(nn.Module):
         self.adapters = AdapterSwitch(model)
         self.weights: WeightKeeper = WholeWeights()
         """Gathers the weights where processes hold shares of them."""
+        self.packs_up_to = 0
+        """Tokens of a sequence up to which sequences may lie side by side; `packing.py` decides."""
         self._recomputes = False
         layers = spec.frozen_layers or frozen_layers
         self.branch = Branch(self.transformer, layers) if layers else None
@@ -73,22 +76,27 @@ class Backbone(nn.Module):
         """Name under which sequences carry this backbone's trunk states; None where no trunk is frozen."""
         return self.spec.top_of or (self.spec.name if self.spec.frozen_layers else None)
 
-    def hidden(self, sequences: Sequences, adapter: str | None) -> Tensor:
-        """Last hidden states `[n, L, H]` of right-padded sequences `[n, L]`; only the top runs where they bring along
-        the trunk's states.
+    def lay_out(self, sequences: Sequences) -> Layout:
+        """How to compute these sequences: side by side with gradients, where the model was seen to allow it; else padded.
 
-        Right padding needs no mask under causal attention: a real token never looks at what follows it. Without a mask
-        the attention takes its fast causal path.
+        Without gradients frozen roles stay bit for bit what their checkpoints compute alone, on rows of the same length.
         """
-        states = None if self.trunk is None else sequences.trunks.get(self.trunk)
-        with self.role(adapter), self._recomputing(), one_sequence_a_row():
-            arguments = {"input_ids": sequences.input_ids, "use_cache": False}
+        known = torch.is_grad_enabled() and sequences.responses is not None
+        if known and sequences.input_ids.shape[1] <= self.packs_up_to:
+            return PackedLayout.of(sequences)
+        return Layout.padded(sequences)
+
+    def hidden(self, layout: Layout, adapter: str | None) -> Tensor:
+        """Last hidden states `[m, H]` of the tokens that the layout speaks of; only the top runs where the sequences bring
+        along the trunk's states."""
+        states = None if self.trunk is None else layout.trunk(self.trunk)
+        with self.role(adapter), self._recomputing(), one_sequence_a_row(), layout.active():
+            arguments = {**layout.arguments, "use_cache": False}
             if states is None or self.branch is None:
                 output: Any = self.transformer(**arguments)
             else:
                 output = self.branch.top(states, **arguments)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return layout.states(output.last_hidden_state)
 
     @torch.no_grad()
     def trunk_states(self, input_ids: Tensor) -> Tensor:
@@ -98,11 +106,17 @@ class Backbone(nn.Module):
             return self.branch.bottom(input_ids=input_ids, use_cache=False).to(self.dtype)
 
     def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, each under the adapter that its forward ran with."""
+        """Recompute activations in the backward pass, each under the adapter and layout that its forward ran with."""
 
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-            active = self.adapters.active
-            return self.adapters.on(active), self.adapters.on(active)
+            active, layout = self.adapters.active, packed_now()
+
+            @contextmanager
+            def again() -> Iterator[None]:
+                with self.adapters.on(active), packed_as(layout):
+                    yield
+
+            return nullcontext(), again()
 
         self._recomputes = True
         model: Any = self.model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet.models.gated import gated_mlp, multiplied
+from quartet.models.layout import packed_now
 from quartet.models.linears import is_replaced
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
@@ -58,12 +59,18 @@ def _fused_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # the library's arithmetic, with one tensor less
-            plain: Tensor = self.down_proj(multiplied(self.act_fn, self.gate_proj(x), self.up_proj(x)))
-            return plain
-        return gated_mlp(self.gate_proj(x), self.up_proj(x), self.act_fn, self.down_proj)
+        packed = packed_now() if self.is_last else None
+        if packed is not None:
+            x = packed.read.shorten(x.squeeze(0)).unsqueeze(0)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():
+            result = gated_mlp(gate, up, self.act_fn, self.down_proj)
+        else:  # the library's arithmetic, with one tensor less
+            result = self.down_proj(multiplied(self.act_fn, gate, up))
+        return result if packed is None else packed.read.lengthen(result.squeeze(0)).unsqueeze(0)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    # `is_last`: the MLP of the last layer; in a packed layout it computes only the tokens whose states are read.
+    return type(kind.__name__, (kind,), {"forward": forward, "is_last": False, "__module__": __name__})
 
 
 def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from quartet.config import ModelsConfig
 from quartet.errors import CheckpointError, brief
 from quartet.models import adapters
-from quartet.models.attention import use_short_attention
+from quartet.models.attention import use_own_attention
 from quartet.models.backbone import Backbone
 from quartet.models.base_comparison import same_base
 from quartet.models.branch import copy_top, freeze_trunk
@@ -231,7 +231,7 @@ def _attach(
 
 def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
     model.eval()
-    use_short_attention(model)
+    use_own_attention(model)
     use_fast_linears(model)
     use_fused_layers(model)
     model.requires_grad_(spec.trainable)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
+from quartet.models.layout import Layout
 from quartet.models.offload import Residency
 from quartet.models.plan import Role, SharingPlan
 from quartet.ops.logprobs import chunked_logprobs
@@ -57,24 +58,26 @@ class LanguageView(nn.Module):
         Returns:
             float32 `[n, T]` log-probabilities in nats and entropy (or None), zero outside the mask.
         """
-        hidden = self.backbone.hidden(sequences, self.adapter)
+        layout = self.backbone.lay_out(sequences)
+        hidden = self.backbone.hidden(layout, self.adapter)
         return self.from_hidden(
-            hidden, sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
+            hidden, layout, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
 
     def from_hidden(
         self,
         hidden: Tensor,
-        sequences: Sequences,
+        layout: Layout,
         mask: Tensor,
         *,
         temperature: float,
         with_entropy: bool,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same from last hidden states `[n, L, H]`."""
+        """The same from last hidden states `[m, H]`."""
+        sequences = layout.sequences
         row, step = sequences.places(mask)
-        selected = hidden.flatten(0, 1)[sequences.before(row, step)]
+        selected = hidden[layout.before(row, step)]
         with self.backbone.role(self.adapter), self.backbone.weights.head():
             logprobs, entropy = chunked_logprobs(
                 selected,
@@ -108,19 +111,21 @@ class ScalarView(nn.Module):
             sequences: n right-padded sequences.
             mask: bool `[n, T]`; True at `t = response length` asks for the number at the last token.
         """
-        return self.from_hidden(self.backbone.hidden(sequences, self.adapter), sequences, mask)
+        layout = self.backbone.lay_out(sequences)
+        return self.from_hidden(self.backbone.hidden(layout, self.adapter), layout, mask)
 
-    def from_hidden(self, hidden: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
-        """The same from last hidden states `[n, L, H]`."""
+    def from_hidden(self, hidden: Tensor, layout: Layout, mask: Tensor) -> Tensor:
+        """The same from last hidden states `[m, H]`."""
         with self.backbone.weights.done():
-            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.before_every_step(mask.shape[1])])
+            numbers: Tensor = self.head(hidden)[layout.before_every_step(mask.shape[1])]
         return numbers.where(mask, 0.0)
 
     def scores(self, sequences: Sequences) -> Tensor:
         """The number at the last token of each sequence: `[n]`."""
-        hidden = self.backbone.hidden(sequences, self.adapter)
+        layout = self.backbone.lay_out(sequences)
+        hidden = self.backbone.hidden(layout, self.adapter)
         with self.backbone.weights.done():
-            numbers: Tensor = self.head(hidden.flatten(0, 1)[sequences.last_positions()])
+            numbers: Tensor = self.head(hidden[layout.last])
         return numbers
 
 
@@ -150,13 +155,15 @@ class TrainedPair(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probabilities `[n, T]`, entropy `[n, T]` or None, and values `[n, T]` of the same sequences."""
         policy, value = self.policy, self.value
-        hidden = policy.backbone.hidden(sequences, policy.adapter)
+        layout = policy.backbone.lay_out(sequences)
+        hidden = policy.backbone.hidden(layout, policy.adapter)
         logprobs, entropy = policy.from_hidden(
-            hidden, sequences, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
+            hidden, layout, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
         if not self.one_pass:
-            hidden = value.backbone.hidden(sequences, value.adapter)
-        return logprobs, entropy, value.from_hidden(hidden, sequences, value_mask)
+            layout = value.backbone.lay_out(sequences)
+            hidden = value.backbone.hidden(layout, value.adapter)
+        return logprobs, entropy, value.from_hidden(hidden, layout, value_mask)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from quartet.models.branch import layer_list
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.linears import restore_linears
 from quartet.models.loading import convert_weights, load_roles, plan_for
+from quartet.models.packing import allow_packing
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
@@ -169,7 +170,8 @@ def load_everything(
         text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    with measuring("rollout"):  # it tries a few steps
+    with measuring("rollout"):  # both try a few tokens
+        allow_packing(roles)
         generator = _generator(config, inputs, roles, engine, settings, say)
     return Loaded(roles, engine, trained, optimizer, generator, decode)
 

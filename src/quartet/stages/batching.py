@@ -65,7 +65,8 @@ class SequenceTable:
             self.input_ids[places, :longest],
             self.prompt_lengths[places],
             self.response_lengths[places],
-            response_total=sum(self.responses[row] for row in rows),
+            prompts=tuple(self.prompts[row] for row in rows),
+            responses=tuple(self.responses[row] for row in rows),
         )
         return places, sequences
 
