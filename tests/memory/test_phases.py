@@ -39,7 +39,11 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         ("llama", {"models.freeze_layers": 1}),
     ],
 )
-def test_fake_tensors_take_as_much_as_real_ones(tiny_run: Any, family: str, changes: dict[str, Any]) -> None:
+def test_fake_tensors_take_as_much_as_real_ones(
+    tiny_run: Any, tmp_path: Any, family: str, changes: dict[str, Any]
+) -> None:
+    # The plan has all prompts as long as the longest.
+    (tmp_path / "prompts.txt").write_text("to be\nq 123\nx - y\nwhy??\n")
     one_microbatch = {"ppo.minibatches": 1, "ppo.microbatch_rows": 4, "ppo.epochs": 1, "rollout.stop": None}
     pipeline = Pipeline(tiny_run(family, **one_microbatch, **{"rollout.batch_rows": 4}, **changes))
     batch = pipeline.advantages(pipeline.score(pipeline.rollout()))

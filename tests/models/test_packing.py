@@ -94,10 +94,13 @@ def test_sequences_longer_than_the_sliding_window_are_padded(tiny_run: TinyRun, 
         copied = Path(shutil.copytree(tree["models"][key], tmp_path / key))
         edit_json(copied / "config.json", **windows)
         tree["models"][key] = str(copied)
-    backbone = Pipeline(tree).roles.policy.backbone
+    policy = Pipeline(tree).roles.policy
     for length, kind in ((11, PackedLayout), (12, Layout)):
-        batch, _ = sequences([[5, 6], [7]], [[8] * (length - 2), [9]])
-        assert type(backbone.lay_out(batch)) is kind
+        batch, mask = sequences([[5, 6], [7]], [[8] * (length - 2), list(range(9, 18))])
+        assert type(policy.backbone.lay_out(batch)) is kind
+        with torch.no_grad():
+            padded = policy(batch, mask, temperature=1.0)[0]
+        torch.testing.assert_close(policy(batch, mask, temperature=1.0)[0].detach(), padded, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_mixes_tokens_elsewhere_is_padded(tiny_run: TinyRun) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 
 from quartet.models.linears import (
     FastLinear,
@@ -55,7 +56,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = ctx.saved_tensors
         active, slope = _with_slope(ctx.activation, gate)
-        return slope(gradient * up), active.mul_(gradient), None
+        room = gradient * up
+        return slope(room, room), active.mul_(gradient), None
 
 
 class _GatedDown(torch.autograd.Function):
@@ -99,11 +101,13 @@ class _GatedDown(torch.autograd.Function):
             adapter = lora_down.to(dtype), lora_up.to(dtype)
             found = low_rank_gradients(gradient, by_between, between, low, *adapter, ctx.scale)
             by_lora_down, by_lora_up = found[0].to(lora_down.dtype), found[1].to(lora_up.dtype)
-        del between
         by_bias = flat.sum(0) if needs[4] else None
         by_between = by_between.to(gate.dtype)
-        by_gate = slope(by_between * up)
-        return by_gate, active.mul_(by_between), None, by_weight, by_bias, by_lora_down, by_lora_up, None
+        # Into the memory of what is not needed any more: fresh memory costs as much as a pass over it.
+        room = between if between is not None and between.dtype == gate.dtype else torch.empty_like(gate)
+        by_up = active.mul_(by_between)
+        by_gate = slope(by_between.mul_(up), room)
+        return by_gate, by_up, None, by_weight, by_bias, by_lora_down, by_lora_up, None
 
 
 def multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
@@ -112,13 +116,18 @@ def multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     return active * up if active is gate else active.mul_(up)
 
 
-def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`activation(gate)`, and the function from a gradient of it to that of the gate."""
+def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """`activation(gate)`, and the function from a gradient of it to that of the gate, which may use the memory of its second
+    argument."""
+    if isinstance(activation, SiLUActivation | nn.SiLU):
+        return nn.functional.silu(gate), lambda gradient, room: torch.ops.aten.silu_backward.grad_input(
+            gradient, gate, grad_input=room
+        )
     leaf = gate.detach().requires_grad_()
     with torch.enable_grad():
         active = activation(leaf)
 
-    def slope(gradient: Tensor) -> Tensor:
+    def slope(gradient: Tensor, _: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(active, leaf, gradient)
         return found
 

@@ -218,9 +218,13 @@ class _Lora(torch.autograd.Function):
 
 def add_low_rank(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Add `s x A^T B^T` to the layer's result in place; returns the low-rank states `x A^T`, `[tokens, r]`."""
-    dtype = result.dtype
-    low = states.flatten(0, -2).to(dtype) @ down.to(dtype).t()
-    result.flatten(0, -2).addmm_(low, up.to(dtype).t(), alpha=scale)
+    return add_upright(result, states, upright(down.to(result.dtype)), upright(up.to(result.dtype)), scale)
+
+
+def add_upright(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The same with `A^T` and `B^T` given in rows of their own, in the result's dtype."""
+    low = states.flatten(0, -2).to(result.dtype) @ down
+    result.flatten(0, -2).addmm_(low, up, alpha=scale)
     return low
 
 
@@ -229,10 +233,16 @@ def low_rank_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of A and B, where `add_low_rank` gave `low`; the part that goes on to x is added to `by_states` in place."""
     flat = gradient.flatten(0, -2)
-    low_gradient = (flat @ up).mul_(scale)
+    low_gradient = (flat @ upright(up).t()).mul_(scale)
     if by_states is not None:
         by_states.flatten(0, -2).addmm_(low_gradient, down)
-    return low_gradient.t() @ states.flatten(0, -2), (flat.t() @ low).mul_(scale)
+    by_down = (states.flatten(0, -2).t() @ low_gradient).t()
+    return by_down, (flat.t() @ low).mul_(scale)
+
+
+def upright(matrix: Tensor) -> Tensor:
+    """The transposed matrix in rows of its own: MKL multiplies narrow matrices of that form up to three times faster."""
+    return matrix.t().contiguous()
 
 
 def computed_in(states: Tensor) -> torch.dtype:

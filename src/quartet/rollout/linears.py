@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from quartet.models.linears import FastLinear, FastLoraLinear, add_low_rank, is_replaced
+from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
 
 _SMALLEST_SIDE = 64
 """Below, as in a LoRA matrix, the call costs more than the product."""
@@ -98,13 +98,13 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
     high: Any = module.lora_B[adapter]
     if high.bias is not None or not _is_here(low.weight):
         return None
-    down = low.weight.detach().to(dtype)
-    up = (high.weight.detach() * module.scaling[adapter]).to(dtype)
+    down = upright(low.weight.detach().to(dtype))
+    up = upright((high.weight.detach() * module.scaling[adapter]).to(dtype))
     return partial(_with_lora, module.base_layer, down, up)
 
 
 def _with_lora(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Tensor:
-    """`base(x) + x A^T B^T`, the sum taken in the matrix product."""
+    """`base(x) + x A^T B^T`, the sum taken in the matrix product; `down` is A^T, `up` is B^T."""
     result: Tensor = base(states)
-    add_low_rank(result, states, down, up, 1.0)
+    add_upright(result, states, down, up, 1.0)
     return result
