@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import Any
 
 import torch
 
@@ -71,6 +72,7 @@ def assume_packing(backbone: Backbone, longest: int) -> None:
         _, layers = layer_list(backbone.transformer, "packing")
     except ConfigError:
         return  # its last layer is not known
-    for child in layers[-1].children():
+    last: Any = layers[-1]
+    for child in last.children():
         if hasattr(type(child), "is_last"):
-            child.is_last = longest > 0  # type: ignore[assignment]
+            child.is_last = longest > 0
