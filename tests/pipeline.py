@@ -12,11 +12,10 @@ from quartet.models.backbone import Backbone
 from quartet.models.layout import Layout
 from quartet.models.roles import Roles
 from quartet.records import Advantaged, Prompts, Rollout, Scored, Sequences, UpdateStats
-from quartet.run.setup import load_everything, read_inputs
+from quartet.run.setup import load_everything, read_inputs, score_with
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.batching import SequenceTable
 from quartet.stages.optimizer import set_learning_rate
-from quartet.stages.scoring import score_rollout
 from quartet.stages.update import Updater
 
 
@@ -41,13 +40,7 @@ class Pipeline:
         return self.loaded.rollout.generate(prompts)
 
     def score(self, rollout: Rollout) -> Scored:
-        return score_rollout(
-            rollout,
-            self.roles,
-            temperature=self.config.rollout.temperature,
-            placement=self.config.ppo.score_placement,
-            rows=self.config.rollout.batch_rows,
-        )
+        return score_with(self.config, (), self.loaded, rollout)
 
     def advantages(self, scored: Scored) -> Advantaged:
         return compute_advantages(scored, self.config.ppo, kl_coef=self.config.ppo.kl_coef)

@@ -13,7 +13,7 @@ from pipeline import Pipeline, rollout_of
 from quartet.config import PPOConfig
 from quartet.errors import TrainingError
 from quartet.stages.advantages import compute_advantages
-from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.batching import SequenceTable, microbatches, scoring_rows
 from quartet.stages.scoring import score_rollout
 from tiny import TinyRun
 
@@ -38,6 +38,20 @@ def test_sequences_hold_prompt_and_response_without_a_gap() -> None:
             assert prompt == len(PROMPTS[row])
         seen += rows.tolist()
     assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_only_a_processor_that_holds_the_weights_takes_fewer_rows_at_once() -> None:
+    assert [scoring_rows(rows, "cpu", cut=False) for rows in (4, 8, 32)] == [4, 8, 8]
+    assert scoring_rows(32, "cuda", cut=False) == scoring_rows(32, "cpu", cut=True) == 32
+
+
+def test_scoring_takes_rows_as_planned(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(tiny_run(**{"rollout.batch_rows": 32}))
+    taken = []
+    table = SequenceTable.rows
+    monkeypatch.setattr(SequenceTable, "rows", lambda self, rows: (taken.append(len(rows)), table(self, rows))[1])
+    pipeline.score(rollout_of(PROMPTS * 3, RESPONSES * 3))
+    assert taken[:2] == [8, 4] and set(taken) == {8, 4}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])

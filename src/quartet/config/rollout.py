@@ -49,7 +49,7 @@ class RolloutConfig(Section):
     """Compute the log-probabilities of the responses once more as training does, so that the update starts at a ratio of
     exactly 1; for engines or precisions that differ (see rollout/logprob_gap)."""
     batch_rows: PositiveInt = 32
-    """Rows decoded at once; more is faster and needs more memory for the cache."""
+    """Rows decoded at once; more is faster and needs more memory for the cache. Scoring computes as many at once on a GPU."""
 
     @model_validator(mode="after")
     def _vllm_fits(self) -> RolloutConfig:

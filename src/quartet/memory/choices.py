@@ -10,6 +10,7 @@ import torch
 from quartet.config import Config, LoraConfig
 from quartet.distributed import CUTTING, engine_name
 from quartet.models.precision import resolve_dtype
+from quartet.stages.batching import scoring_rows
 
 DtypeName = Literal["float32", "bfloat16"]
 
@@ -37,6 +38,13 @@ class Choices:
     """Whether each process holds the whole policy while it generates. An estimate has auto decided."""
     rollout_engine: str = "auto"
     optimizer: str = "adamw"
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    @property
+    def scoring_rows(self) -> int:
+        """Sequences that scoring computes at once."""
+        return scoring_rows(self.batch_rows, self.device, cut=self.engine in CUTTING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         gather_for_rollout=chosen in CUTTING and config.distributed.gather_for_rollout,
         rollout_engine=config.rollout.engine,
         optimizer=config.ppo.optimizer.name,
+        device=device.type,
     )
 
 

@@ -126,7 +126,7 @@ class Estimator:
             return 0
         shape, rows = self._shape("language_model", 0), self.workload.process_rows(choices.world_size)
         step = min(choices.microbatch_rows, self.workload.minibatch_rows(choices.world_size))
-        batches = {"rollout": 1, "scoring": -(-rows // choices.batch_rows), "update": -(-rows // step)}
+        batches = {"rollout": 1, "scoring": -(-rows // choices.scoring_rows), "update": -(-rows // step)}
         counts = [batches[name] * len(self._simulator.working(name, plan, choices, shape).products) for name in PHASES]
         return KERNEL * min(sum(counts), KERNELS)
 

@@ -70,7 +70,9 @@ class Simulator:
         Raises:
             NotTraceable: a model whose code needs data and not only shapes.
         """
-        rows = choices.microbatch_rows if phase == "update" else choices.batch_rows
+        rows = {"rollout": choices.batch_rows, "scoring": choices.scoring_rows, "update": choices.microbatch_rows}[
+            phase
+        ]
         key = (phase, rows, choices.world_size, *_what(plan, choices))
         if key not in self._found:
             self._found[key] = self._run(phase, plan, choices, shape)
@@ -138,7 +140,7 @@ def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
-    rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
+    rows = min(choices.scoring_rows, workload.process_rows(choices.world_size))
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     mask = plain.mask()
     with torch.no_grad():

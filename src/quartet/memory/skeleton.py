@@ -25,9 +25,9 @@ from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.linears import restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
-from quartet.models.offload import Residency
 from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
+from quartet.models.residency import Residency
 from quartet.models.roles import Roles
 from quartet.records import Sequences
 

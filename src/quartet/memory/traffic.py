@@ -109,10 +109,10 @@ def _rollout(plan: SharingPlan, choices: Choices, workload: Workload, backbones:
 
 
 def _scoring(plan: SharingPlan, choices: Choices, workload: Workload, backbones: Mapping[str, TravelBytes]) -> float:
-    """Weights that are gathered: those of reference, value and reward model once for each batch of `batch_rows`."""
+    """Weights that are gathered: those of reference, value and reward model once for each batch of `scoring_rows`."""
     if choices.engine not in CUTTING:
         return 0
-    batches = -(-workload.process_rows(choices.world_size) // choices.batch_rows)
+    batches = -(-workload.process_rows(choices.world_size) // choices.scoring_rows)
     return batches * sum(backbones[plan.view(role).backbone].whole for role in ("reference", "value", "reward"))
 
 

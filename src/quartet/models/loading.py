@@ -25,10 +25,11 @@ from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
 from quartet.models.linears import use_fast_linears
-from quartet.models.offload import Residency, make_residency
+from quartet.models.offload import make_residency
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
 from quartet.models.precision import resolve_device, resolve_dtype
 from quartet.models.quantize import quantization_config, seal
+from quartet.models.residency import Residency
 from quartet.models.roles import LanguageView, Roles, ScalarView, TrainedPair
 
 

@@ -9,14 +9,9 @@ from torch import Tensor, nn
 
 from quartet.errors import ConfigError
 from quartet.models.backbone import Backbone
+from quartet.models.mapped import Mapped, can_drop_pages
 from quartet.models.plan import Role, SharingPlan
-
-
-class Residency:
-    """Decides which weights are on the device. This one keeps all of them there."""
-
-    def use(self, *roles: Role) -> None:
-        """Make the weights of these roles usable; those of others may leave the device."""
+from quartet.models.residency import Residency
 
 
 class Offloaded(Residency):
@@ -76,7 +71,7 @@ def make_residency(
     device: torch.device,
     quantization: str | None,
 ) -> Residency:
-    """What `models.offload` asks for.
+    """What `models.offload` asks for; on the CPU, without it, pages of mapped files come and go.
 
     Args:
         kind: none or cpu.
@@ -86,7 +81,7 @@ def make_residency(
             its layers keep references to their weights.
     """
     if kind == "none":
-        return Residency()
+        return Mapped(plan, backbones) if device.type == "cpu" and can_drop_pages() else Residency()
     if device.type == "cpu":
         raise ConfigError(
             "models.offload=cpu moves frozen weights between GPU and host memory, and the models are on the CPU already; "

@@ -13,8 +13,8 @@ from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.layout import Layout
-from quartet.models.offload import Residency
 from quartet.models.plan import Role, SharingPlan
+from quartet.models.residency import Residency
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
 

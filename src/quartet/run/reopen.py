@@ -24,10 +24,18 @@ from quartet.run.export import export
 from quartet.run.fingerprint import model_fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
 from quartet.run.samples import Sample, evaluation_prompts, samples_of
-from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs, read_models, read_prompts, score_with
+from quartet.run.setup import (
+    Inputs,
+    Loaded,
+    correct_with,
+    load_everything,
+    read_inputs,
+    read_models,
+    read_prompts,
+    score_with,
+)
 from quartet.run.shards import load_any
 from quartet.run.trust import refuse_untrusted
-from quartet.stages.correction import corrected
 
 Say = Callable[[str], None]
 _TRIES = 3
@@ -88,8 +96,7 @@ def evaluate(
     loaded.roles.use("policy")
     rollout = loaded.rollout.generate(asked)
     if config.rollout.correct_rollout:
-        settings = config.rollout
-        rollout, _ = corrected(rollout, loaded.roles, temperature=settings.temperature, rows=settings.batch_rows)
+        rollout, _ = correct_with(config, loaded, rollout)
     scored = score_with(config, inputs.sources, loaded, rollout)
     return Evaluation(name, state.iteration, tuple(samples_of(state.iteration, scored, loaded.decode)))
 

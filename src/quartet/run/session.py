@@ -19,10 +19,9 @@ from quartet.run.fingerprint import fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
-from quartet.run.setup import Inputs, Loaded, load_everything, read_inputs, score_with
+from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, read_inputs, score_with
 from quartet.run.store import Store
 from quartet.run.trust import refuse_untrusted
-from quartet.stages.correction import corrected
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 
@@ -133,12 +132,10 @@ class Session:
         """Responses to this process's share of the prompts."""
         self._prompts = prompts
         self.loaded.roles.use("policy")
-        engine, settings = self.loaded.engine, self.config.rollout
+        engine = self.loaded.engine
         rollout = self.loaded.rollout.generate(own_share(prompts, engine))
-        if settings.correct_rollout:
-            rollout, gap = corrected(
-                rollout, self.loaded.roles, temperature=settings.temperature, rows=settings.batch_rows
-            )
+        if self.config.rollout.correct_rollout:
+            rollout, gap = correct_with(self.config, self.loaded, rollout)
             total, tokens = engine.sum(gap).tolist()
             self._corrected = {"rollout/logprob_gap": total / tokens}
         return rollout

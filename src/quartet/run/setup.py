@@ -22,6 +22,7 @@ from quartet.models.loading import convert_weights, load_roles, plan_for
 from quartet.models.packing import allow_packing
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
+from quartet.models.precision import resolve_device
 from quartet.models.roles import Roles
 from quartet.models.tokenizers import load_tokenizer, refuse_long_sequences, stop_token_id
 from quartet.records import Prompts, Rollout, Scored
@@ -32,6 +33,8 @@ from quartet.rollout.sharded import ShardedRollout
 from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
+from quartet.stages.batching import scoring_rows
+from quartet.stages.correction import corrected
 from quartet.stages.optimizer import make_optimizer
 from quartet.stages.scoring import score_rollout
 
@@ -132,10 +135,21 @@ def score_with(config: Config, sources: Sequence[RewardSource], loaded: Loaded, 
         loaded.roles,
         temperature=config.rollout.temperature,
         placement=config.ppo.score_placement,
-        rows=config.rollout.batch_rows,
+        rows=_scoring_rows(config, loaded),
         extra=(lambda prompts, responses: combine(sources, prompts, responses)) if sources else None,
         decode=loaded.decode,
     )
+
+
+def correct_with(config: Config, loaded: Loaded, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """`corrected` as a run is configured."""
+    rows = _scoring_rows(config, loaded)
+    return corrected(rollout, loaded.roles, temperature=config.rollout.temperature, rows=rows)
+
+
+def _scoring_rows(config: Config, loaded: Loaded) -> int:
+    device = resolve_device(config.models.device)
+    return scoring_rows(config.rollout.batch_rows, device.type, cut=loaded.engine.cuts_weights)
 
 
 def load_everything(

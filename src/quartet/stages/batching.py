@@ -10,6 +10,19 @@ from torch import Tensor
 
 from quartet.records import Rollout, Sequences
 
+CPU_ROWS = 8
+"""Sequences that a processor computes at once without gradients: more only hold more padding."""
+
+
+def scoring_rows(batch_rows: int, device_type: str, *, cut: bool) -> int:
+    """Sequences that scoring computes at once.
+
+    Args:
+        batch_rows: `rollout.batch_rows`.
+        cut: whether weights are shared out over processes, and have to be gathered for each pass.
+    """
+    return min(batch_rows, CPU_ROWS) if device_type == "cpu" and not cut else batch_rows
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceTable:
