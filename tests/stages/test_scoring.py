@@ -51,7 +51,8 @@ def test_scoring_takes_rows_as_planned(tiny_run: TinyRun, monkeypatch: pytest.Mo
     table = SequenceTable.rows
     monkeypatch.setattr(SequenceTable, "rows", lambda self, rows: (taken.append(len(rows)), table(self, rows))[1])
     pipeline.score(rollout_of(PROMPTS * 3, RESPONSES * 3))
-    assert taken[:2] == [8, 4] and set(taken) == {8, 4}
+    assert taken[:2] == [8, 4]
+    assert set(taken) == {8, 4}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
