@@ -40,6 +40,16 @@ def test_sequences_hold_prompt_and_response_without_a_gap() -> None:
     assert sorted(seen) == [0, 1, 2, 3]
 
 
+def test_microbatches_of_short_sequences_hold_more_of_them() -> None:
+    """As many tokens, with padding, as the asked number of the longest sequences."""
+    lengths = [10, 2, 2, 2, 2, 5, 2, 9, 2]
+    table = SequenceTable.of(rollout_of([[1]] * len(lengths), [[2] * (length - 1) for length in lengths]))
+    found = [rows.tolist() for rows, _ in microbatches(table, range(len(lengths)), 2, fill=True)]
+    assert found == [[0, 7], [5, 1, 2, 3], [4, 6, 8]]
+    assert max(len(rows) * table.length(rows[0]) for rows in found) <= 2 * 10
+    assert [len(rows) for rows, _ in microbatches(table, range(1, 5), 2)] == [2, 2]
+
+
 def test_only_a_processor_that_holds_the_weights_takes_fewer_rows_at_once() -> None:
     assert [scoring_rows(rows, "cpu", cut=False) for rows in (4, 8, 32)] == [4, 8, 8]
     assert scoring_rows(32, "cuda", cut=False) == scoring_rows(32, "cpu", cut=True) == 32

@@ -162,7 +162,8 @@ class PPOConfig(Section):
     minibatches: PositiveInt = 1
     """Optimizer steps per epoch; divides rollout.batch_size."""
     microbatch_rows: PositiveInt = 8
-    """Most sequences in one forward and backward; changes memory and speed, never the gradient."""
+    """Sequences in one forward and backward, where they are as long as the longest; in one process more of shorter ones, up to
+    as many tokens. Changes memory and speed, never the gradient."""
     learning_rate: NonNegative = 1.0e-5
     """Learning rate of the policy."""
     value_learning_rate: NonNegative | None = None

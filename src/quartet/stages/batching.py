@@ -63,6 +63,11 @@ class SequenceTable:
         """Tokens of a sequence."""
         return self.prompts[row] + self.responses[row]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.input_ids.shape[1]
+
     def by_length(self, rows: Iterable[int]) -> list[int]:
         """Row numbers, longest sequence first."""
         return sorted(rows, key=lambda row: -self.length(row))
@@ -84,12 +89,20 @@ class SequenceTable:
         return places, sequences
 
 
-def microbatches(table: SequenceTable, rows: Iterable[int], size: int) -> Iterator[tuple[Tensor, Sequences]]:
-    """Cut `rows` into microbatches of at most `size` sequences of like length, longest first.
+def microbatches(
+    table: SequenceTable, rows: Iterable[int], size: int, *, fill: bool = False
+) -> Iterator[tuple[Tensor, Sequences]]:
+    """Cut `rows` into microbatches of sequences of like length, longest first.
+
+    Args:
+        size: sequences in each, at most.
+        fill: more of shorter ones, up to the tokens, with padding, of `size` of the table's longest.
 
     Yields:
         As `SequenceTable.rows`.
     """
-    order = table.by_length(rows)
-    for start in range(0, len(order), size):
-        yield table.rows(order[start : start + size])
+    order, start = table.by_length(rows), 0
+    while start < len(order):
+        taken = size * table.longest // table.length(order[start]) if fill else size
+        yield table.rows(order[start : start + taken])
+        start += taken

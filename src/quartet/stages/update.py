@@ -139,7 +139,7 @@ class Updater:
         policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
         sums, parts, losses = UpdateSums(), [], []
         self._optimizer.zero_grad(set_to_none=True)
-        batches = list(microbatches(table, self._own(table, rows), self._rows))
+        batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone))
         for number, (part, plain) in enumerate(batches, start=1):
             sequences = with_trunks(plain, scored.trunks, part)
             row_loss = torch.zeros(len(part), device=part.device)
