@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """DeepSpeed's place for each weight's gradient within the flat ones, by the weight's number (a private name)."""
@@ -56,7 +58,7 @@ def as_expected(optimizer: Any, hooks: Any) -> bool:
     if not all(isinstance(function, FunctionType) for function in found):
         return False
     setup, _, register = found
-    return setup.__code__.co_names and set(setup.__code__.co_names) >= USED and register.__defaults__ is not None
+    return set(setup.__code__.co_names) >= USED and register.__defaults__ is not None
 
 
 def make_gradients(zero: Any) -> None:
@@ -91,9 +93,9 @@ def _states(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
     return states
 
 
-def _on_weights_only(theirs: Callable[..., None]) -> Callable[..., None]:
+def _on_weights_only(theirs: FunctionType) -> Callable[..., None]:
     """`theirs` calls itself for each child, and so this."""
-    (numbers,) = theirs.__defaults__  # type: ignore[attr-defined]  # a list with the number of the last module
+    numbers = (theirs.__defaults__ or ([0],))[0]  # a list with the number of the last module
 
     def register(self: Any, module: Any, count: list[int] = numbers) -> None:
         if module is self.module or next(module.parameters(recurse=False), None) is not None:
@@ -117,16 +119,13 @@ def _replaced(owner: type, name: str, function: Callable[..., None]) -> Iterator
         setattr(owner, name, before)
 
 
+@cache
 def _say_once() -> None:
-    if not _said:
-        from deepspeed import __version__
+    from deepspeed import __version__
 
+    if dist.get_rank() == 0:
         _log.warning(
-            "DeepSpeed %s sets up ZeRO stage 3 in a way that is not known here (0.19.8 is): loading takes up to three times "
-            "the memory of a process's share of what is trained, and 18 KiB more for each module",
+            "DeepSpeed %s sets up ZeRO stage 3 in a way that is not known here (that of 0.19.8 is): loading takes up to three "
+            "times the memory of what is trained, and more for each module",
             __version__,
         )
-        _said.append(True)
-
-
-_said: list[bool] = []
