@@ -54,9 +54,9 @@ def test_beside_the_shares(engine: str, rollout: float, scoring: float, update: 
 
 
 def test_on_a_gpu_weights_are_fetched_ahead() -> None:
-    """DeepSpeed's prefetch of 50 million numbers."""
+    """DeepSpeed's prefetch of 50 million numbers; its hooks are in host memory."""
     held = [extra_bytes("scoring", choices("zero3"), PIECES, cuda=cuda) for cuda in (False, True)]
-    assert held[1] - held[0] == 50_000_000 * 4
+    assert held[1] - held[0] == 50_000_000 * 4 - 10 * HOOKS
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])

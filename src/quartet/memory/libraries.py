@@ -1,4 +1,4 @@
-"""What the libraries take for themselves on a CPU, as measured by benchmarks/memory_plan.py and benchmarks/scaling.py."""
+"""What libraries take for themselves on a CPU, as measured by benchmarks/memory_plan.py and benchmarks/scaling.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ LIBRARIES = 24 * 2**20
 imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
 WITH_ENGINE = 5 * 2**20
 """On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 5 to 12 MiB with LoRA, full
-fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and on the number of processes, and a run of that
-benchmark without an engine keeps as much; the two iterations of benchmarks/memory_plan.py, with prompts of one length, do not."""
+fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
+benchmark without an engine keeps as much; the two iterations of benchmarks/memory_plan.py, with prompts of one length, do
+not."""
 KERNEL = 550 * 2**10
 """On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
 KERNELS = 1024

@@ -16,8 +16,8 @@ from quartet.models.plan import BackboneSpec, SharingPlan
 FLOAT = 4
 """Bytes of a float32: trained weights and all gradients."""
 HOOKS = 18 * 2**10
-"""Bytes for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it, each with a class of its own (the anonymous
-memory that putting them on takes, over their number)."""
+"""Bytes of host memory for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it, each with a class of its own
+(the anonymous memory that putting them on takes, over their number)."""
 
 
 def shards(choices: Choices) -> int:
@@ -102,7 +102,8 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
         return 2 * summed  # the bucket, and the copy of it that is summed
     if engine not in CUTTING:
         return 0
-    kept = bucket + HOOKS * pieces.tensors if engine == "zero3" else 0
+    hooks = 0 if cuda else HOOKS * pieces.tensors
+    kept = bucket + hooks if engine == "zero3" else 0
     if phase == "rollout" and choices.gather_for_rollout:
         return pieces.policy_bytes + kept
     if engine == "zero3":
@@ -144,7 +145,8 @@ def loading_bytes(choices: Choices, trained: float, rest: float, tensors: int, *
         return 2 * trained
     if choices.engine != "zero3":
         return 0
-    return max(0, min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest) + HOOKS * tensors
+    hooks = 0 if cuda else HOOKS * tensors
+    return max(0, min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest) + hooks
 
 
 def resting_gradients(choices: Choices, gradients: float) -> float:
