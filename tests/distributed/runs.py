@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quartet.distributed import stage3
+from quartet.distributed.zero3 import Zero3
 from quartet.run.progress import Progress
 from quartet.trainer import resume, train
 
@@ -59,6 +62,43 @@ def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
     """A run whose processes work in folders of their own."""
     os.chdir(folders[int(os.environ["RANK"])])
     return str(train(values))
+
+
+def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, Any]:
+    """A run under zero3; what its set-up made, and what is there after the first backward pass.
+
+    Args:
+        known: whether DeepSpeed's set-up is taken for the one that is known.
+    """
+    found: dict[str, Any] = {"said": []}
+    prepare, backward = Zero3.prepare, Zero3.backward
+
+    def prepared(self: Zero3, *arguments: Any) -> Any:
+        result = prepare(self, *arguments)
+        zero = self._engine.optimizer
+        pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
+        found["shared"] = all(master.data_ptr() == weights.data_ptr() for master, weights in pairs)
+        found["gradients at first"] = not zero.grad_partitions_flat_buffer.is_meta
+        found["device"] = zero.device
+        bare = [m for m in result.module.modules() if next(m.parameters(recurse=False), None) is None]
+        found["hooks without weights"] = sum(len(module._forward_pre_hooks) for module in bare)
+        return result
+
+    def passed(self: Zero3, loss: Tensor, *, last: bool) -> None:
+        backward(self, loss, last=last)
+        zero = self._engine.optimizer
+        flat, places = zero.grad_partitions_flat_buffer, getattr(zero, stage3.GRADIENTS)
+        found.setdefault("gradients then", float(flat.abs().sum()))
+        found.setdefault("in their places", sum(place.numel() for place in places.values()) == flat.numel())
+
+    handler = logging.Handler()
+    handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("quartet").addHandler(handler)
+    Zero3.prepare, Zero3.backward = prepared, passed  # type: ignore[method-assign, assignment]
+    if not known:
+        stage3.USED.add("what no DeepSpeed has")
+    train(values)
+    return found
 
 
 def exported(run: Path) -> dict[str, Tensor]:

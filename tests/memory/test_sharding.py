@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quartet.memory.choices import Choices
-from quartet.memory.sharding import Pieces, extra_bytes, loading_bytes, resting_gradients
+from quartet.memory.sharding import HOOKS, Pieces, extra_bytes, loading_bytes, resting_gradients
 
 PIECES = Pieces(
     policy_bytes=4000,
@@ -19,6 +20,7 @@ PIECES = Pieces(
     trained=1500,
     largest_trained=130,
     full=True,
+    tensors=10,
 )
 
 
@@ -34,7 +36,13 @@ def choices(engine: str, **changes: Any) -> Choices:
         ("ddp", 0, 0, 6000),
         ("zero2", 0, 0, 12000),
         # The policy beside the bucket; a weight and its parts and the LM head beside it; the sum of a bucket as well.
-        ("zero3", 4000 + 6000, (2 * 130 + 120) * 4 + 6000, (2 * 130 + 120) * 4 + 12000),
+        # DeepSpeed's hooks everywhere.
+        (
+            "zero3",
+            4000 + 6000 + 10 * HOOKS,
+            (2 * 130 + 120) * 4 + 6000 + 10 * HOOKS,
+            (2 * 130 + 120) * 4 + 12000 + 10 * HOOKS,
+        ),
         # Outside of the layers, twice as it comes; three layers, and gradients of two and of what is outside of them.
         ("fsdp2", 4000, (300 + 300) * 4, (300 + 300) * 4 + (300 + 200) * 4),
     ],
@@ -46,15 +54,33 @@ def test_beside_the_shares(engine: str, rollout: float, scoring: float, update: 
 
 
 def test_on_a_gpu_weights_are_fetched_ahead() -> None:
-    """DeepSpeed's prefetch of 50 million numbers."""
+    """DeepSpeed's prefetch of 50 million numbers; its hooks are in host memory."""
     held = [extra_bytes("scoring", choices("zero3"), PIECES, cuda=cuda) for cuda in (False, True)]
-    assert held[1] - held[0] == 50_000_000 * 4
+    assert held[1] - held[0] == 50_000_000 * 4 - 10 * HOOKS
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_gradients_are_summed_in_the_backward_pass(engine: str) -> None:
+    """All of them fit into one bucket, which is full at the end; smaller buckets are summed before."""
+    stretches = [
+        "forward policy logits",
+        "backward policy start",
+        "backward policy last layer",
+        "backward policy first layer",
+    ]
+    one, many = PIECES, replace(PIECES, trained=50_000_000)
+    there = [
+        [extra_bytes("update", choices(engine), pieces, cuda=False, at=at) > 0 for at in stretches]
+        for pieces in (one, many)
+    ]
+    assert there == [[False, False, False, True], [False, False, True, True]]
 
 
 def test_while_loading() -> None:
-    # Stage 2 copies its share and makes gradients; stage 3 makes gradients for one group more, before the frozen rest.
-    assert loading_bytes(choices("zero2"), 100, 0, cuda=False) == 200
-    assert loading_bytes(choices("zero3"), 100, 0, cuda=False) == 300
-    assert loading_bytes(choices("zero3"), 100, 500, cuda=False) == 100
-    assert loading_bytes(choices("fsdp2"), 100, 0, cuda=False) == 0
+    # Stage 2 copies its share and makes gradients; stage 3 makes gradients for one group, before the frozen rest.
+    assert loading_bytes(choices("zero2"), 100, 0, 1, cuda=False) == 200
+    assert loading_bytes(choices("zero3"), 100, 0, 1, cuda=False) == 100 + HOOKS
+    assert loading_bytes(choices("zero3"), 100, 60, 2, cuda=False) == 40 + 2 * HOOKS
+    assert loading_bytes(choices("zero3"), 100, 500, 1, cuda=False) == HOOKS
+    assert loading_bytes(choices("fsdp2"), 100, 0, 1, cuda=False) == 0
     assert (resting_gradients(choices("zero2"), 7), resting_gradients(choices("zero3"), 7)) == (0, 7)

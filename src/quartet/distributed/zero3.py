@@ -13,6 +13,7 @@ from quartet.distributed.choose import Travel
 from quartet.distributed.deepspeed_setup import configuration
 from quartet.distributed.engine import BackboneWeights, WeightKeeper
 from quartet.distributed.pieces import MOMENTS, Piece
+from quartet.distributed.stage3 import lean_stage3, make_gradients
 from quartet.distributed.zero2 import ZeroEngine, share_masters
 
 HELD = -1
@@ -46,8 +47,8 @@ class Zero3(ZeroEngine):
         return keeper
 
     def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Cut policy and value and give them to DeepSpeed, then the frozen rest: DeepSpeed copies what is trained twice on
-        the way, and by then nothing else is to be in memory."""
+        """Cut policy and value and give them to DeepSpeed, then the frozen rest: DeepSpeed lays what is trained out flat, and
+        fetches its weights one by one, for which there is room while the rest is not cut."""
         inside = set(trained.modules())
         trained_ones = [(module, keeper) for module, keeper in self._kept if module in inside]
         for module, _ in trained_ones:
@@ -63,6 +64,11 @@ class Zero3(ZeroEngine):
                 keeper.hooks = self._initialized(model=module).optimizer
         result: nn.Module = self._engine
         return result
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients, for which the first call makes room."""
+        make_gradients(self._engine.optimizer)
+        super().backward(loss, last=last)
 
     def whole(self, tensor: Tensor) -> Tensor | None:
         """A whole weight on the host in the main process."""
@@ -101,7 +107,8 @@ class Zero3(ZeroEngine):
         )
 
     def _initialized(self, **options: Any) -> Any:
-        engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
+        with lean_stage3():
+            engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
         return engine
 
 
@@ -156,7 +163,8 @@ class Zero3Weights:
                 yield
             finally:
                 self.are_whole = False
-                hooks._register_deepspeed_module(hooks.module)
+                with lean_stage3():
+                    hooks._register_deepspeed_module(hooks.module)
 
     @contextmanager
     def _held(self, weights: list[Any]) -> Iterator[None]:

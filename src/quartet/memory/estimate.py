@@ -13,7 +13,7 @@ from quartet.distributed import CUTTING, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
-from quartet.memory.libraries import KERNEL, KERNELS, LIBRARIES, libraries_at_load
+from quartet.memory.libraries import KERNEL, KERNELS, libraries_at_load, libraries_in_phases
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -92,10 +92,12 @@ class Estimator:
         after_load = sum(fresh for _, fresh in weights) + heads
         on_cpu = self.device.type == "cpu"
         trained = sum(role.gradients for role in roles)  # as many bytes as the weights
-        extra = loading_bytes(choices, trained, after_load - trained, cuda=not on_cpu)
+        tensors = self._pieces(plan, choices).tensors
+        extra = loading_bytes(choices, trained, after_load - trained, tensors, cuda=not on_cpu)
         libraries = libraries_at_load(plan, roles) if on_cpu else 0
         load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, libraries, "weights")
-        return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, LIBRARIES if on_cpu else 0, load)
+        kept = libraries_in_phases(choices.engine) if on_cpu else 0
+        return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, kept, load)
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""

@@ -1,4 +1,4 @@
-"""What the libraries take for themselves on a CPU, as measured by benchmarks/memory_plan.py."""
+"""What libraries take for themselves on a CPU, as measured by benchmarks/memory_plan.py and benchmarks/scaling.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from quartet.models.plan import SharingPlan
 LIBRARIES = 24 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
 imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
+WITH_ENGINE = 5 * 2**20
+"""On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 5 to 12 MiB with LoRA, full
+fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
+benchmark without an engine keeps as much; the two iterations of benchmarks/memory_plan.py, with prompts of one length, do
+not."""
 KERNEL = 550 * 2**10
 """On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
 KERNELS = 1024
@@ -27,3 +32,8 @@ def libraries_at_load(plan: SharingPlan, roles: Iterable[RoleBytes]) -> float:
     fills: set[str] = {view.role for view in plan.views if view.adapter is not None and view.adapter in read}
     largest = max((role.adapters for role in roles if role.role in fills), default=0)
     return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + largest
+
+
+def libraries_in_phases(engine: str) -> float:
+    """Bytes that libraries keep in the phases after loading."""
+    return LIBRARIES + WITH_ENGINE * (engine != "none")

@@ -15,6 +15,9 @@ from quartet.models.plan import BackboneSpec, SharingPlan
 
 FLOAT = 4
 """Bytes of a float32: trained weights and all gradients."""
+HOOKS = 18 * 2**10
+"""Bytes of host memory for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it, each with a class of its own
+(the anonymous memory that putting them on takes, over their number)."""
 
 
 def shards(choices: Choices) -> int:
@@ -49,6 +52,8 @@ class Pieces:
     """The largest tensor of it."""
     full: bool
     """Whether the layers themselves are trained, and not only adapters on them."""
+    tensors: int
+    """Weights of all backbones, counted as tensors."""
 
 
 def pieces_of(
@@ -74,6 +79,8 @@ def pieces_of(
         trained=sum(trained) + sum(sizes.parameters for sizes in adapters),
         largest_trained=max([*trained, *(count for sizes in adapters for count, _ in sizes.counts)]),
         full=full,
+        tensors=sum(len(shape.tensors) for shape in shapes.values())
+        + sum(tensors for sizes in adapters for _, tensors in sizes.counts),
     )
 
 
@@ -87,20 +94,22 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
     bucket = min(travel.bucket, pieces.trained) * FLOAT
     if engine == "ddp":
         # Gradients are put together in buckets, one of which stands beside what it is made of.
-        largest = min(max(travel.ddp_bucket, pieces.largest_trained * FLOAT), pieces.trained * FLOAT)
-        return largest if phase == "update" else 0
+        bucket = min(max(travel.ddp_bucket, pieces.largest_trained * FLOAT), pieces.trained * FLOAT)
+    summed = bucket if phase == "update" and _sums(at, one_bucket=bucket == pieces.trained * FLOAT) else 0
+    if engine == "ddp":
+        return summed
     if engine == "zero2":
-        # The bucket, the copy of it that is summed, and the share of the gradients laid out flat for the step.
-        return 2 * bucket if phase == "update" else 0
+        return 2 * summed  # the bucket, and the copy of it that is summed
     if engine not in CUTTING:
         return 0
-    kept = bucket if engine == "zero3" else 0
+    hooks = 0 if cuda else HOOKS * pieces.tensors
+    kept = bucket + hooks if engine == "zero3" else 0
     if phase == "rollout" and choices.gather_for_rollout:
         return pieces.policy_bytes + kept
     if engine == "zero3":
         # One weight, and the parts that it was put together from; the LM head; on a GPU what is fetched ahead.
         gathered = (2 * pieces.largest + pieces.head + travel.ahead) * pieces.width
-        return gathered + kept + (bucket if phase == "update" else 0)
+        return gathered + kept + summed
     # A layer, and the buffer that it or the next one comes in; what is outside of the layers stays for the whole pass.
     gathered = (pieces.outside + max(2 * pieces.layer, pieces.outside)) * pieces.width
     if phase != "update":
@@ -114,20 +123,30 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
     return gathered
 
 
-def loading_bytes(choices: Choices, trained: float, rest: float, *, cuda: bool) -> float:
-    """Bytes at the peak of loading beside the weights: DeepSpeed's copies of what is trained.
+def _sums(at: str, *, one_bucket: bool) -> bool:
+    """Whether gradients are summed in a stretch of the update: in a backward pass, and where one bucket takes all of them,
+    when it is full at the first layers."""
+    if at.startswith("forward") or at.endswith("start"):
+        return False
+    return not (one_bucket and at.endswith(("last layer", "logits")))
 
-    Stage 2 copies its share and makes gradients for it. Stage 3 lays the share out flat, copies it, makes gradients for it
-    and for one group of it; the frozen backbones come after that, and the gradients stay.
+
+def loading_bytes(choices: Choices, trained: float, rest: float, tensors: int, *, cuda: bool) -> float:
+    """Bytes at the peak of loading beside the weights.
+
+    Stage 2 copies its share of what is trained and makes gradients for it. Stage 3 makes gradients for one group of it and
+    lets go of them before the frozen backbones come; its hooks stay.
 
     Args:
         trained, rest: bytes of a process's share of what is trained, and of what comes after it.
+        tensors: weights of all backbones.
     """
     if choices.engine == "zero2":
         return 2 * trained
     if choices.engine != "zero3":
         return 0
-    return max(trained, 2 * trained + min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest)
+    hooks = 0 if cuda else HOOKS * tensors
+    return max(0, min(Travel.of(cuda=cuda).bucket * FLOAT, trained) - rest) + hooks
 
 
 def resting_gradients(choices: Choices, gradients: float) -> float:
