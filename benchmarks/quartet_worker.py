@@ -105,13 +105,14 @@ def iteration(session: Session, updater: Updater, probe: Probe, *, profile_updat
     config, loaded = session.config, session.loaded
     prompts = session.next_prompts()
     probe.enter("rollout")
-    rollout = loaded.rollout.generate(prompts)
+    rollout = session.generate(prompts)
     settle(config.models.device)
     probe.enter("scoring")
     scored = session.score(rollout)
     batch = compute_advantages(scored, config.ppo, kl_coef=session.state.kl_coef)
     settle(config.models.device)
     probe.enter("update")
+    loaded.roles.use("policy", "value")
     with profiled(profile_update):
         updater.update(batch, iteration=session.state.iteration + 1)
     settle(config.models.device)
