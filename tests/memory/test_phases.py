@@ -113,7 +113,7 @@ def test_a_model_that_does_not_run_side_by_side_is_planned_padded(
     pipeline, device = Pipeline(tiny_run("llama")), torch.device("cpu")
 
     def update_of(packs: bool) -> float:
-        monkeypatch.setattr("quartet.memory.skeleton.longest_packed", lambda _: 99 * packs)
+        monkeypatch.setattr("quartet.memory.skeleton.longest_packed", lambda _: 10**6 * packs)
         estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
         return estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device)).phase("update").peak
 
