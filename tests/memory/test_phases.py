@@ -18,6 +18,7 @@ from quartet.memory.shapes import shape_of
 from quartet.memory.skeleton import fake_roles, tensors_of
 from quartet.memory.trace import MemoryTrace, fake_mode
 from quartet.models.checkpoint_info import read_checkpoint
+from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
 from quartet.models.plan import Source, make_plan
 
@@ -104,6 +105,24 @@ def test_a_model_that_needs_data_is_refused_by_name(tiny_run: Any, monkeypatch: 
     )
     with pytest.raises(CheckpointError, match=r"models\.sft=.*cannot be planned: its scoring"):
         estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, torch.device("cpu")))
+
+
+def test_a_model_that_does_not_run_side_by_side_is_planned_padded(
+    tiny_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, device = Pipeline(tiny_run("llama")), torch.device("cpu")
+
+    def update_of(packs: bool) -> float:
+        monkeypatch.setattr("quartet.memory.skeleton.longest_packed", lambda _: 10**6 * packs)
+        estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
+        return estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device)).phase("update").peak
+
+    tried = []
+    monkeypatch.setattr(PackedLayout, "one_a_row", lambda *_: (tried.append(True), torch.empty(3).nonzero()))
+    padded = update_of(False)
+    assert not tried
+    assert update_of(True) == padded
+    assert tried
 
 
 def test_gradients_of_the_microbatches_before_are_there(tiny_run: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from checkpoints import FAMILIES, edit_json
 from pipeline import Pipeline, rollout_of, sequences
+from quartet.models import packing
 from quartet.models.layout import Layout, PackedLayout, Places, packed_now
 from quartet.models.packing import allow_packing
 from quartet.stages.batching import SequenceTable
@@ -116,6 +117,45 @@ def test_a_model_that_mixes_tokens_elsewhere_is_padded(tiny_run: TinyRun) -> Non
     handle.remove()
     allow_packing(pipeline.roles)
     assert backbone.packs_up_to > 99
+
+
+def test_a_small_leak_is_found(tiny_run: TinyRun) -> None:
+    """A hundredth of the left neighbour is less than bfloat16 rounds, and wrong all the same."""
+    pipeline = Pipeline(tiny_run(**FULL, **{"models.dtype": "bfloat16"}))
+    backbone = pipeline.roles.policy.backbone
+    assert backbone.packs_up_to > 0
+    backbone.packs_up_to = 0
+    layer: Any = backbone.transformer.layers[0]
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 0.01 * inputs[0].roll(1, dims=1), *inputs[1:]))
+    allow_packing(pipeline.roles)
+    assert backbone.packs_up_to == 0
+
+
+def test_a_model_that_does_not_run_side_by_side_is_padded(tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run(**FULL))
+    backbone = pipeline.roles.policy.backbone
+    backbone.packs_up_to = 0
+
+    def fail(*_: Any) -> None:
+        if packed_now() is not None:
+            raise TypeError("'NoneType' object is not subscriptable")
+
+    backbone.transformer.layers[0].register_forward_pre_hook(fail)  # type: ignore[operator, index, union-attr]
+    allow_packing(pipeline.roles)
+    assert backbone.packs_up_to == 0
+    assert packed_now() is None
+    pipeline.iterate()
+
+
+@pytest.mark.parametrize("refused", ["policy", "value"])
+def test_one_backbone_has_one_verdict(refused: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(tiny_run("llama", reward="reward-lora", **LORA, **{"models.sharing": "single"}))
+    roles = pipeline.roles
+    assert roles.policy.backbone is roles.value.backbone
+    roles.policy.backbone.packs_up_to = 0
+    monkeypatch.setattr(packing, "_agrees", lambda _, adapter: adapter != refused)
+    allow_packing(roles)
+    assert roles.policy.backbone.packs_up_to == 0
 
 
 def test_a_model_with_an_attention_of_its_own_is_padded(tiny_run: TinyRun) -> None:

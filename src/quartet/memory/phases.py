@@ -18,6 +18,7 @@ from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
 from quartet.memory.trace import GRADIENTS, Bytes, MemoryTrace, NotTraceable, at_depth, fake_mode, largest
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.packing import assume_packing
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
 from quartet.records import Sequences
@@ -94,9 +95,19 @@ class Simulator:
         small = self._roles(plan, choices, depth, trunk)
         run: Callable[[MemoryTrace, Roles, Choices, Workload], None]
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
-        try:
+
+        def traced_once() -> MemoryTrace:
             with _quiet(), small.mode, traced(small.roles) as trace:
                 run(trace, small.roles, choices, self._workload)
+            return trace
+
+        try:
+            try:
+                trace = traced_once()
+            except Exception:
+                if not _pad(small.roles):
+                    raise
+                trace = traced_once()  # a family that does not run side by side
         except Exception as error:  # the code of any family may ask for data, which fake tensors do not have
             raise NotTraceable(
                 f"the memory of {self._sft.key}={self._sft.name!r} cannot be planned: its {phase} does not run without "
@@ -115,6 +126,14 @@ class Simulator:
             roles = fake_roles(shallow, self._sft, self._reward, choices, depth, mode)
             self._small[key] = _Small(roles, mode, depth, trunk)
         return self._small[key]
+
+
+def _pad(roles: Roles) -> bool:
+    """Pad from now on; whether policy or value was packed."""
+    packed = [view.backbone for view in (roles.policy, roles.value) if view.backbone.packs_up_to]
+    for backbone in packed:
+        assume_packing(backbone, 0)
+    return bool(packed)
 
 
 def _labelled(trace: MemoryTrace) -> dict[str, Bytes]:

@@ -131,4 +131,5 @@ def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[
         (found,) = torch.autograd.grad(active, leaf, gradient)
         return found
 
-    return active.detach(), slope
+    # A copy: the callers write into it, and some activations (ReLU, sigmoid) take their slope from what they gave.
+    return active.detach().clone(), slope
