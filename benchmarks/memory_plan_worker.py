@@ -79,10 +79,12 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
     from quartet.models.checkpoint_info import read_checkpoint
     from quartet.models.loading import load_roles, plan_for
+    from quartet.models.packing import allow_packing
     from quartet.records import Prompts
     from quartet.rollout.choose import make_engine
     from quartet.rollout.engine import SamplingSettings
     from quartet.stages.advantages import compute_advantages
+    from quartet.stages.batching import scoring_rows
     from quartet.stages.optimizer import make_optimizer
     from quartet.stages.scoring import score_rollout
     from quartet.stages.update import Updater
@@ -99,6 +101,8 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         roles = load_roles(config.models, plan_for(config.models, sft, reward), sft, reward, seed=SEED)
         optimizer = make_optimizer(roles, config.ppo)
     settings = SamplingSettings(RESPONSE, 1.0, 1.0, None, 0, config.rollout.batch_rows, SEED)
+    allow_packing(roles)
+    at_once = scoring_rows(config.rollout.batch_rows, "cuda" if cuda else "cpu", cut=False)
     generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
     updater = Updater(roles.trained, optimizer, SingleProcess(), config.ppo, temperature=1.0, seed=SEED)
     torch.manual_seed(SEED)
@@ -112,9 +116,10 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         with probe.phase("rollout"):
             rollout = generator.generate(prompts)
         with probe.phase("scoring"):
-            scored = score_rollout(rollout, roles, temperature=1.0, placement="stop", rows=config.rollout.batch_rows)
+            scored = score_rollout(rollout, roles, temperature=1.0, placement="stop", rows=at_once)
         batch = compute_advantages(scored, config.ppo, kl_coef=0.05)
         with probe.phase("update"):
+            roles.use("policy", "value")
             updater.update(batch, iteration=iteration)
     return {"measured": probe.peaks, "floor": probe.floor, "exact": exact_bytes(roles, optimizer)}
 
