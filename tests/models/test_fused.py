@@ -146,11 +146,12 @@ def test_exact_gradients() -> None:
 
 
 def test_norm_against_its_formula() -> None:
+    torch.manual_seed(0)  # the bound is float32's own rounding: always the same numbers
     states, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, requires_grad=True)
     wide = states.detach().double().requires_grad_()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.detach().double()
     found = rms_norm(states, weight, 1e-6)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), exact)
     exact.square().sum().backward()
     found.square().sum().backward()
     assert states.grad is not None

@@ -10,6 +10,7 @@ import torch
 
 from pipeline import Pipeline, hidden_of
 from quartet.records import Advantaged
+from quartet.stages.batching import SequenceTable
 from quartet.stages.optimizer import schedule_factor, set_learning_rate
 from stages_batch import LENGTHS, assert_same, batch_of
 from tiny import TinyRun
@@ -85,6 +86,27 @@ def test_microbatches_change_no_gradient(plan: dict[str, Any], placement: str, t
         assert_same(gradients, found[0][0])
         for name, expected in found[0][1].items():
             torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_one_process_fills_its_microbatches(alone: bool, tiny_run: TinyRun) -> None:
+    """Several processes that hold shares take as many steps as each other, whatever their lengths."""
+    pipeline = Pipeline(tiny_run(**{"rollout.batch_size": 8, "ppo.microbatch_rows": 1}))
+    batch, updater = batch_of(pipeline), pipeline.updater()
+    updater._alone = alone
+    table, seen = SequenceTable.of(batch.scored.rollout), []
+    rows = SequenceTable.rows
+
+    def counted(self: SequenceTable, chosen: list[int]) -> Any:
+        seen.append([self.length(row) for row in chosen])
+        return rows(self, chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SequenceTable, "rows", counted)
+        updater._gradients(batch, table, list(range(8)))
+    assert sum(map(len, seen)) == 8
+    assert all(len(lengths) * max(lengths) <= table.longest for lengths in seen)
+    assert (max(map(len, seen)) > 1) == alone
 
 
 def test_microbatches_change_no_metric(tiny_run: TinyRun) -> None:
