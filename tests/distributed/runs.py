@@ -13,9 +13,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from quartet.distributed import stage3
-from quartet.distributed.zero3 import Zero3
+from quartet.distributed import BackboneWeights, WeightKeeper, stage3
+from quartet.distributed.fsdp2 import FullyShardedDataParallel
+from quartet.distributed.zero3 import Zero3, Zero3Weights
+from quartet.models import loading
+from quartet.models.offload import make_residency
 from quartet.run.progress import Progress
 from quartet.trainer import resume, train
 
@@ -167,3 +171,35 @@ class Collectives(Progress):
             return original(*arguments, **options)
 
         return call
+
+
+def train_offloaded(values: dict[str, Any]) -> dict[str, bool]:
+    """A run under `models.offload: cpu` whose models are taken to be on a GPU; by backbone, whether its shares rest in host
+    memory."""
+    kept: dict[str, tuple[torch.nn.Module, WeightKeeper]] = {}
+    keep: dict[Any, Any] = {engine: engine.keep for engine in (FullyShardedDataParallel, Zero3)}
+
+    def noted(self: Any, weights: BackboneWeights) -> WeightKeeper:
+        backbone: Any = weights.module
+        keeper: WeightKeeper = keep[type(self)](self, weights)
+        kept[backbone.spec.name] = backbone, keeper
+        return keeper
+
+    FullyShardedDataParallel.keep = Zero3.keep = noted  # type: ignore[method-assign]
+    loading.make_residency = (
+        lambda *given, cut: make_residency(  # type: ignore[assignment]
+            *given[:3], torch.device("cuda"), *given[4:], cut=cut
+        )
+    )
+    train(values)
+    return {name: _rests_on_host(*of_it) for name, of_it in kept.items()}
+
+
+def _rests_on_host(backbone: torch.nn.Module, keeper: Any) -> bool:
+    """As its engine says it, of all its weights."""
+    if isinstance(keeper, Zero3Weights):
+        return bool(keeper.hooks.offload_device == "cpu")
+    states = [module._get_fsdp_state() for module in backbone.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    (answer,) = {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
+    return bool(answer)

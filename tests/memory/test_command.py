@@ -19,7 +19,7 @@ from quartet.models.loading import plan_for
 
 SMALL = {
     "hidden_size": 64,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 128,

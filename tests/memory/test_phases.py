@@ -97,6 +97,21 @@ def test_offloaded_backbones_take_turns(tiny_run: Any) -> None:
     assert saved == {"rollout": reward, "scoring": 0, "update": 0}
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_offloaded_shares_are_away_for_good(tiny_run: Any, engine: str) -> None:
+    pipeline = Pipeline(tiny_run("llama"))
+    estimator = Estimator(
+        pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), torch.device("cuda")
+    )
+    choices = replace(choices_of(pipeline.config, torch.device("cpu")), engine=engine, world_size=2)
+    held = estimator.estimate(pipeline.inputs.plan, choices)
+    away = estimator.estimate(pipeline.inputs.plan, replace(choices, offload="cpu"))
+    frozen = sum(backbone.weights for backbone in held.backbones if not backbone.trained)
+    assert frozen > 0
+    for phase in PHASES:
+        assert held.phase(phase).weights - away.phase(phase).weights == frozen
+
+
 def test_a_model_that_needs_data_is_refused_by_name(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(tiny_run("llama"))
     monkeypatch.setattr("quartet.memory.phases._scoring", lambda *_: torch.empty(3).nonzero())

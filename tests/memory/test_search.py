@@ -13,7 +13,7 @@ from quartet.models.loading import plan_for
 
 SIZES = {
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "intermediate_size": 256,
@@ -121,3 +121,12 @@ def test_what_offloading_cannot_move_is_not_offered(hollow: Any) -> None:
     tried = [candidate.change for candidate in found.nearer]
     assert {"models.offload": "cpu"} in tried
     assert not any("models.offload" in change and change.get("models.quantization") == "8bit" for change in tried)
+
+
+@pytest.mark.parametrize(("sharing", "offered"), [("separate", True), ("paired", False)])
+def test_where_weights_are_cut_only_what_learns_nothing_is_offloaded(hollow: Any, sharing: str, offered: bool) -> None:
+    values = hollow(SIZES, **{"models.lora": {"r": 4}, "models.device": "cuda", "models.sharing": sharing})
+    config = parse_config(values)
+    found = search(config, estimator_for(config), 2**16, world_size=2, engine="fsdp2")
+    tried = [candidate.change for candidate in found.nearer if "models.sharing" not in candidate.change]
+    assert ({"models.offload": "cpu"} in tried) is offered

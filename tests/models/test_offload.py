@@ -10,8 +10,9 @@ import torch
 from pipeline import Pipeline
 from quartet.errors import ConfigError
 from quartet.models.loading import count_bytes
-from quartet.models.offload import Offloaded, make_residency
+from quartet.models.offload import Offloaded, make_residency, rests_on_host
 from quartet.models.plan import Role
+from quartet.models.residency import Residency
 from tiny import TinyRun
 
 PLANS = {
@@ -105,6 +106,16 @@ def test_what_cannot_be_moved_is_refused(
     backbones = dict(list(roles.backbones.items())[:1]) if plan == "trunk" else roles.backbones
     with pytest.raises(ConfigError, match=message):
         make_residency("cpu", roles.plan, backbones, torch.device(device), quantization)
+
+
+def test_where_weights_are_cut_what_learns_stays(tiny_run: TinyRun) -> None:
+    cuda = torch.device("cuda")
+    separate, paired = (Pipeline(tiny_run("llama", **PLANS[name])).roles for name in ("separate", "paired"))
+    assert type(make_residency("cpu", separate.plan, separate.backbones, cuda, None, cut=True)) is Residency
+    resting = {name for name, backbone in separate.backbones.items() if rests_on_host(backbone.spec)}
+    assert resting == {"reference", "reward"}
+    with pytest.raises(ConfigError, match="nothing to move under the paired plan where weights are cut into shares"):
+        make_residency("cpu", paired.plan, paired.backbones, cuda, None, cut=True)
 
 
 def test_the_configuration_reaches_the_refusal(tiny_run: TinyRun) -> None:

@@ -96,11 +96,6 @@ def refuse_impossible(config: Config, name: str, world_size: int) -> None:
             f"models.quantization={config.models.quantization} cannot be used with distributed.engine={name}, which cuts "
             "weights into shares and would break bitsandbytes' blocks; use distributed.engine=ddp or zero2"
         )
-    if name in CUTTING and config.models.offload != "none":
-        raise ConfigError(
-            f"models.offload={config.models.offload} moves whole weights, of which distributed.engine={name} leaves each "
-            "process only a share; use models.offload=none, or distributed.engine=ddp or zero2"
-        )
     optimizer = config.ppo.optimizer.name
     if name in SHARING_STATE and optimizer != "adamw":
         raise ConfigError(

@@ -28,6 +28,8 @@ class BackboneWeights:
     """What of it runs after `entry`, on its own."""
     dtype: torch.dtype
     """In which it computes."""
+    on_host: bool = False
+    """Shares rest in host memory; what is put together from them comes to the device for as long as it runs."""
 
 
 class WeightKeeper(Protocol):
@@ -35,6 +37,8 @@ class WeightKeeper(Protocol):
 
     are_whole: bool
     """Whether they stay where they are for now, so that copies of them in another format may stay too."""
+    device: torch.device | None
+    """Where they are while they run; None: where they always are."""
 
     def head(self) -> AbstractContextManager[None]:
         """Hold the LM head, which runs after the decoder layers did; closes a forward pass."""
@@ -51,6 +55,8 @@ class WeightKeeper(Protocol):
 
 class WholeWeights:
     """Weights that are always whole."""
+
+    device: torch.device | None = None
 
     def __init__(self, *, are_whole: bool = True) -> None:
         """`are_whole=False` stands for weights that come and go, without moving any."""

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from quartet.distributed.engine import BackboneWeights, WeightKeeper
@@ -32,7 +39,7 @@ class FullyShardedDataParallel(ProcessGroup):
 
     def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """Cut the backbone's weights, a layer at a time; where they lie in mapped files only this process's share is read."""
-        return ShardedWeights(weights, self._mesh)
+        return ShardedWeights(weights, self._mesh, self._device)
 
     def whole(self, tensor: Tensor) -> Tensor | None:
         """A whole weight on the host in the main process."""
@@ -83,7 +90,8 @@ class ShardedWeights:
 
     are_whole = False
 
-    def __init__(self, weights: BackboneWeights, mesh: DeviceMesh) -> None:
+    def __init__(self, weights: BackboneWeights, mesh: DeviceMesh, device: torch.device) -> None:
+        self.device: torch.device | None = device
         layers, dtype = weights.layers, weights.dtype
         # The weights travel in the computation's dtype; autocast's own copies would outlive the layer.
         policy = MixedPrecisionPolicy(
@@ -91,9 +99,11 @@ class ShardedWeights:
             reduce_dtype=None if dtype == torch.float32 else torch.float32,
             cast_forward_inputs=False,
         )
+        home = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if weights.on_host else OffloadPolicy()
+        common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": home}
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        root: Any = fully_shard(weights.module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+            fully_shard(layer, reshard_after_forward=True, **common)
+        root: Any = fully_shard(weights.module, reshard_after_forward=False, **common)
         # Losses are divided by the tokens of all processes: gradients are summed, not averaged.
         for unit in (*layers, root):
             assert isinstance(unit, FSDPModule)

@@ -42,7 +42,8 @@ class Zero3(ZeroEngine):
 
     def keep(self, weights: BackboneWeights) -> WeightKeeper:
         """The weights are cut in `prepare`; up to there they lie in mapped files."""
-        keeper = Zero3Weights(weights.module, [p for part in weights.head for p in part.parameters()])
+        head = [p for part in weights.head for p in part.parameters()]
+        keeper = Zero3Weights(weights.module, head, self._device, on_host=weights.on_host)
         self._kept.append((weights.module, keeper))
         return keeper
 
@@ -52,16 +53,17 @@ class Zero3(ZeroEngine):
         inside = set(trained.modules())
         trained_ones = [(module, keeper) for module, keeper in self._kept if module in inside]
         for module, _ in trained_ones:
-            self._cut(module)
-        self._engine = self._initialized(model=trained, optimizer=optimizer)
+            self._cut(module, self._configuration)
+        self._engine = self._initialized(self._configuration, model=trained, optimizer=optimizer)
         zero = self._engine.optimizer
         share_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
         for _, keeper in trained_ones:
             keeper.hooks = zero.parameter_offload
         for module, keeper in self._kept:
             if module not in inside:
-                self._cut(module)
-                keeper.hooks = self._initialized(model=module).optimizer
+                place = self._at_home() if keeper.on_host else self._configuration
+                self._cut(module, place)
+                keeper.hooks = self._initialized(place, model=module).optimizer
         result: nn.Module = self._engine
         return result
 
@@ -97,18 +99,24 @@ class Zero3(ZeroEngine):
     def restored(self) -> None:
         """Nothing to do: the optimizer's shares are those that compute."""
 
-    def _cut(self, module: nn.Module) -> None:
+    def _at_home(self) -> dict[str, Any]:
+        """The configuration of a backbone whose shares rest in host memory."""
+        zero = self._configuration["zero_optimization"]
+        home = {"device": "cpu", "pin_memory": self._device.type == "cuda"}
+        return {**self._configuration, "zero_optimization": {**zero, "offload_param": home}}
+
+    def _cut(self, module: nn.Module, configuration: dict[str, Any]) -> None:
         """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
         self._deepspeed.zero.Init(
             module=Copies(module),
-            config_dict_or_path=self._configuration,
+            config_dict_or_path=configuration,
             mem_efficient_linear=False,
             dtype=torch.float32,
         )
 
-    def _initialized(self, **options: Any) -> Any:
+    def _initialized(self, configuration: dict[str, Any], **options: Any) -> Any:
         with lean_stage3():
-            engine, *_ = self._deepspeed.initialize(config=self._configuration, dist_init_required=False, **options)
+            engine, *_ = self._deepspeed.initialize(config=configuration, dist_init_required=False, **options)
         return engine
 
 
@@ -133,7 +141,9 @@ class Zero3Weights:
 
     are_whole = False
 
-    def __init__(self, module: nn.Module, head: list[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, head: list[nn.Parameter], device: torch.device, *, on_host: bool) -> None:
+        self.device: torch.device | None = device
+        self.on_host = on_host
         self.hooks: Any = None
         """DeepSpeed's object that put the hooks there."""
         self._all: list[Any] = list(module.parameters())

@@ -245,11 +245,14 @@ class Estimator:
     def _away(self, phase: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> float:
         """Offloading: weights of frozen backbones that are in host memory while the phase does not use them.
 
-        The policy's backbone is always there; in scoring the others take turns, and the largest of them counts.
+        The policy's backbone is always there; in scoring the others take turns, and the largest of them counts. Shares of a
+        backbone in which nothing is trained are always away, those of others never.
         """
         if choices.offload == "none" or self.device.type == "cpu":
             return 0
-        learning = {s.name for s in plan.backbones if any(adapter.trainable for adapter in s.adapters)}
+        learning = {s.name for s in plan.backbones if s.learns}
+        if choices.engine in CUTTING:
+            return sum(b.weights + b.adapters for b in ledger.backbones if b.name not in learning)
         frozen = {
             b.name: b.weights + (0 if b.name in learning else b.adapters) for b in ledger.backbones if not b.trained
         }

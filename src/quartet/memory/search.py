@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quartet.config import Config, parse_config
-from quartet.distributed import engine_name, refuse_impossible
+from quartet.distributed import CUTTING, engine_name, refuse_impossible
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import Estimator
@@ -222,7 +222,11 @@ def _sensible(plan: SharingPlan, choices: Choices) -> bool:
     """Whether quantization finds frozen weights, and offloading finds some that it can move (see `models.offload`)."""
     if choices.quantization is not None and all(spec.trainable for spec in plan.backbones):
         return False
-    return choices.offload == "none" or (len(plan.backbones) > 1 and choices.quantization in (None, "4bit"))
+    if choices.offload == "none":
+        return True
+    if choices.engine in CUTTING:
+        return not all(spec.learns for spec in plan.backbones)
+    return len(plan.backbones) > 1 and choices.quantization in (None, "4bit")
 
 
 def _fewest(choices: Choices) -> Choices:

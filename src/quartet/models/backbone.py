@@ -53,8 +53,8 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
+        """Where the weights are when they run."""
+        return self.weights.device or next(self.model.parameters()).device
 
     def whole_bytes(self) -> int:
         """Bytes of all weights in the computation dtype, wherever they are."""

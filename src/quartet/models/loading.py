@@ -106,7 +106,7 @@ def load_roles(
         model = _load_weights(spec, info, weights, place, quantization, mapped or not spec.trainable)
         _attach(spec, model, models, by_source, seed)
         backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
-    where = make_residency(models.offload, plan, backbones, device, models.quantization)
+    where = make_residency(models.offload, plan, backbones, device, models.quantization, cut=mapped)
     return _views(plan, backbones, score, value, where)
 
 
@@ -242,7 +242,7 @@ def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, chec
         for _, parameter in adapters.adapter_parameters(model, adapter.name):
             parameter.requires_grad_(adapter.trainable)
     backbone = Backbone(spec, model, dtype=dtype)
-    if checkpointing and (spec.trainable or any(adapter.trainable for adapter in spec.adapters)):
+    if checkpointing and spec.learns:
         backbone.enable_checkpointing()
     return backbone
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quartet.errors import ConfigError
 from quartet.models.backbone import Backbone
 from quartet.models.mapped import Mapped, can_drop_pages
-from quartet.models.plan import Role, SharingPlan
+from quartet.models.plan import BackboneSpec, Role, SharingPlan
 from quartet.models.residency import Residency
 
 
@@ -70,15 +70,18 @@ def make_residency(
     backbones: Mapping[str, Backbone],
     device: torch.device,
     quantization: str | None,
+    *,
+    cut: bool = False,
 ) -> Residency:
     """What `models.offload` asks for; on the CPU, without it, pages of mapped files come and go.
 
     Args:
         kind: none or cpu.
+        cut: a process engine cuts the weights into shares, and keeps those of `rests_on_host` in host memory by itself.
 
     Raises:
         ConfigError: nothing can be moved: the models are on the CPU already, there is no backbone but the policy's, or
-            its layers keep references to their weights.
+            its layers keep references to their weights; or each holds something that is trained, and is cut.
     """
     if kind == "none":
         return Mapped(plan, backbones) if device.type == "cpu" and can_drop_pages() else Residency()
@@ -97,7 +100,20 @@ def make_residency(
             f"models.offload=cpu has nothing to move under the {plan.name} plan, whose one backbone is always in use; use "
             "models.offload=none"
         )
-    return Offloaded(plan, backbones, device)
+    if not cut:
+        return Offloaded(plan, backbones, device)
+    if any(rests_on_host(backbone.spec) for backbone in backbones.values()):
+        return Residency()
+    raise ConfigError(
+        f"models.offload=cpu has nothing to move under the {plan.name} plan where weights are cut into shares: something is "
+        "trained in each of its backbones; use models.sharing=separate, or models.offload=none"
+    )
+
+
+def rests_on_host(spec: BackboneSpec) -> bool:
+    """Whether all of a backbone whose weights are cut stays in host memory under `models.offload: cpu`: each unit of it is
+    copied to the device as it is put together."""
+    return not spec.learns
 
 
 def _storage(tensor: Tensor) -> int:

@@ -42,6 +42,11 @@ class BackboneSpec:
     top_of: str | None = None
     """Backbone whose frozen bottom this one shares; only the layers above are its own."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything in it is trained: its own weights, or an adapter on them."""
+        return self.trainable or any(adapter.trainable for adapter in self.adapters)
+
 
 @dataclass(frozen=True, slots=True)
 class ViewSpec:

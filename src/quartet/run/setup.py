@@ -19,6 +19,7 @@ from quartet.models.branch import layer_list
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.linears import restore_linears
 from quartet.models.loading import convert_weights, load_roles, plan_for
+from quartet.models.offload import rests_on_host
 from quartet.models.packing import allow_packing
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
@@ -226,7 +227,8 @@ def _load(config: Config, inputs: Inputs, engine: ProcessEngine) -> Roles:
             # A layer's weights are there while that layer runs, and a fast LoRA layer reads those of layers within it.
             restore_linears(backbone.model)
             _, layers = layer_list(backbone.transformer, f"distributed.engine={engine.name}")
-            weights = BackboneWeights(backbone, list(layers), "hidden", backbone.heads(), backbone.dtype)
+            on_host = config.models.offload == "cpu" and rests_on_host(backbone.spec)
+            weights = BackboneWeights(backbone, list(layers), "hidden", backbone.heads(), backbone.dtype, on_host)
             backbone.weights = engine.keep(weights)
     return roles
 
