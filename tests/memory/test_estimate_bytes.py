@@ -1,5 +1,6 @@
 """Bytes of parameters, gradients and optimizer state, against models that were really loaded and trained for a step."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pipeline import Pipeline
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate
-from quartet.memory.libraries import ADAPTERS_AT_LOAD, AT_LOAD
+from quartet.memory.libraries import ADAPTER_MODULES, ADAPTERS_AT_LOAD, AT_LOAD, MODULES, QUANTIZING
 
 CASES = [
     ("llama", "sft", "reward", {}),
@@ -46,11 +47,11 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("QUARTET_CACHE", str(tmp_path / "cache"))
 
 
-def estimate_for(pipeline: Pipeline) -> Estimate:
-    """The planner's view of a pipeline's configuration."""
+def estimate_for(pipeline: Pipeline, **changes: Any) -> Estimate:
+    """The planner's view of a pipeline's configuration, with some choices changed."""
     device = torch.device("cpu")
     estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
-    return estimator.estimate(pipeline.inputs.plan, choices_of(pipeline.config, device))
+    return estimator.estimate(pipeline.inputs.plan, replace(choices_of(pipeline.config, device), **changes))
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
@@ -165,8 +166,16 @@ def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
     lora = {} if read is None else {"models.lora": {"r": 4}}
     pipeline = Pipeline(tiny_run("llama", sft=sft, reward=reward, **lora, **{"models.sharing": sharing}))
     estimate = estimate_for(pipeline)
+    names = [name for b in pipeline.roles.backbones.values() for name, _ in b.model.named_parameters()]
+    of_adapters = sum("lora_" in name for name in names)
     backbone = pipeline.roles.backbones[estimate.backbones[0].name].model
     in_files = [p.nbytes for name, p in backbone.named_parameters() if "lora_" in name and ".reward." in name]
     assert bool(in_files) is bool(read)
-    imported = estimate.phase("load").libraries - sum(in_files)
-    assert imported == (AT_LOAD if read is None else AT_LOAD + ADAPTERS_AT_LOAD)
+    imported = AT_LOAD if read is None else AT_LOAD + ADAPTERS_AT_LOAD
+    objects = MODULES * (len(names) - of_adapters) + ADAPTER_MODULES * of_adapters
+    assert estimate.phase("load").libraries == imported + objects + sum(in_files)
+    if read == ():
+        largest = max(p.numel() for p in backbone.model.layers.parameters())
+        assert estimate_for(pipeline, quantization="4bit").phase("load").libraries == pytest.approx(
+            imported + objects + QUANTIZING["4bit"] * largest
+        )

@@ -94,7 +94,9 @@ class Estimator:
         trained = sum(role.gradients for role in roles)  # as many bytes as the weights
         tensors = self._pieces(plan, choices).tensors
         extra = loading_bytes(choices, trained, after_load - trained, tensors, cuda=not on_cpu)
-        libraries = libraries_at_load(plan, roles) if on_cpu else 0
+        shapes = [self._shape(spec.task, 0) for spec in plan.backbones]
+        adapters = [self._adapter(spec, a.name, choices) for spec in plan.backbones for a in spec.adapters]
+        libraries = libraries_at_load(plan, roles, shapes, adapters, choices.quantization) if on_cpu else 0
         load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, libraries, "weights")
         kept = libraries_in_phases(choices.engine) if on_cpu else 0
         return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, kept, load)

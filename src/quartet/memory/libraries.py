@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
+from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.figures import RoleBytes
+from quartet.memory.shapes import BackboneShape
 from quartet.models.plan import SharingPlan
 
 LIBRARIES = 24 * 2**20
@@ -19,19 +22,41 @@ KERNEL = 550 * 2**10
 """On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
 KERNELS = 1024
 """Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
-AT_LOAD = int(3.3 * 2**20)
+AT_LOAD = int(2.2 * 2**20)
 """The part of `LIBRARIES` that loading brings in: model code that is imported."""
-ADAPTERS_AT_LOAD = 3 * 2**20
-"""The same of PEFT's layers."""
+ADAPTERS_AT_LOAD = int(0.8 * 2**20)
+"""The same of PEFT's."""
+MODULES = 6 * 2**10
+"""Bytes of a weight's share in the Python objects of a model: modules, their dictionaries, hooks."""
+ADAPTER_MODULES = 12 * 2**10
+"""The same for a tensor of an adapter, which has more objects around it."""
+QUANTIZING = {"4bit": 5.6}
+"""Bytes a weight while bitsandbytes quantizes it on a CPU, one layer after the other."""
 
 
-def libraries_at_load(plan: SharingPlan, roles: Iterable[RoleBytes]) -> float:
-    """Bytes at the peak of loading beside weights and adapters: an adapter's file is read beside the adapter that it fills."""
+def libraries_at_load(
+    plan: SharingPlan,
+    roles: Iterable[RoleBytes],
+    shapes: Sequence[BackboneShape],
+    adapters: Sequence[TensorSizes],
+    quantization: str | None,
+) -> float:
+    """Bytes at the peak of loading beside weights and adapters: an adapter's file is read beside the adapter that it fills.
+
+    Args:
+        shapes, adapters: of all backbones, and of all adapters on them.
+    """
     specs = [adapter for spec in plan.backbones for adapter in spec.adapters]
     read = {adapter.name for adapter in specs if adapter.source is not None}
     fills: set[str] = {view.role for view in plan.views if view.adapter is not None and view.adapter in read}
     largest = max((role.adapters for role in roles if role.role in fills), default=0)
-    return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + largest
+    objects = MODULES * sum(len(shape.tensors) for shape in shapes)
+    objects += ADAPTER_MODULES * sum(tensors for sizes in adapters for _, tensors in sizes.counts)
+    quantizing = 0.0
+    if quantization is not None:
+        layer = max((math.prod(shape.tensors[name]) for shape in shapes for name in shape.linear), default=0)
+        quantizing = layer * QUANTIZING.get(quantization, 0.0)
+    return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + objects + max(largest, quantizing)
 
 
 def libraries_in_phases(engine: str) -> float:
