@@ -1,5 +1,6 @@
 """The search picks the known cheapest change and says why the cheaper ones fail."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,3 +131,37 @@ def test_where_weights_are_cut_only_what_learns_nothing_is_offloaded(hollow: Any
     found = search(config, estimator_for(config), 2**16, world_size=2, engine="fsdp2")
     tried = [candidate.change for candidate in found.nearer if "models.sharing" not in candidate.change]
     assert ({"models.offload": "cpu"} in tried) is offered
+
+
+def test_what_is_offloaded_does_not_count_against_what_fits(hollow: Any) -> None:
+    """Where trained and frozen weights together are too much, and the trained ones alone are not."""
+    values = hollow(SIZES | {"vocab_size": 20_000}, **{"models.device": "cuda", "models.gradient_checkpointing": True})
+    values["ppo"] = {"microbatch_rows": 1, "optimizer": {"name": "adamw8bit"}}
+    values["rollout"] = {"batch_rows": 1, "batch_size": 2, "response_length": 8}
+    values["data"]["max_prompt_tokens"] = 8
+    config = parse_config(values)
+    estimator = estimator_for(config)
+    plan, choices = plan_for(config.models, estimator.sft, estimator.reward), choices_of(config, estimator.device)
+    away = estimator.estimate(plan, replace(choices, offload="cpu")).peak.peak
+    all_weights = estimator.ledger(plan, choices).fixed("every phase").peak
+    assert away < all_weights
+    found = search(config, estimator, int(away + all_weights) // 2)
+    assert found.chosen is not None
+    assert found.chosen.change == {"models.offload": "cpu"}
+    assert search(config, estimator, int(away) - 1).chosen is None
+
+
+def test_what_needs_least_is_found_among_all(hollow: Any) -> None:
+    """Also where others' weights alone say that they need more."""
+    config = parse_config(hollow(SIZES | {"vocab_size": 20_000}, **{"models.lora": {"r": 4}, "models.device": "cuda"}))
+    estimator = estimator_for(config)
+    found = search(config, estimator, 2**16)
+    peaks = {}
+    for candidate in found.nearer:
+        choices = choices_of(candidate.config, estimator.device)
+        if (choices.microbatch_rows, choices.batch_rows, choices.checkpointing) == (1, 1, True):
+            plan = plan_for(candidate.config.models, estimator.sft, estimator.reward)
+            peaks[str(candidate.change)] = estimator.estimate(plan, choices).peak.peak
+    assert len(peaks) > 4
+    assert str(found.smallest_change) == min(peaks, key=lambda change: peaks[change])
+    assert found.smallest.peak == min(peaks.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from quartet.distributed import CUTTING, engine_name, refuse_impossible
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import Estimator
-from quartet.memory.figures import Estimate, PhaseBytes
+from quartet.memory.figures import Estimate, Ledger, PhaseBytes
 from quartet.memory.phases import PHASES
 from quartet.models.loading import plan_for
 from quartet.models.plan import SharingPlan
@@ -178,12 +179,23 @@ class _Trial:
 
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
         """The peak of the candidate that needs least, and its change: one of those with the fewest rows."""
-        found: list[tuple[PhaseBytes, Change]] = []
+        open_ones = []
         for candidate in candidates:
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
             if plan is not None and choices == _fewest(choices):
-                found.append((self._estimator.estimate(plan, choices, self._memory).peak, candidate.change))
-        return min(found, key=lambda item: item[0].peak)
+                ledger = self._estimator.ledger(plan, choices)
+                least = [phase.peak for phase in _at_least(choices, ledger)]
+                open_ones.append((least, plan, choices, candidate.change))
+        best: tuple[PhaseBytes, Change] | None = None
+        # Those whose weights alone need more than another's peak need not be looked at.
+        for least, plan, choices, change in sorted(open_ones, key=lambda item: item[0] or [math.inf]):
+            if best is not None and least and least[0] >= best[0].peak:
+                continue
+            peak = self._estimator.estimate(plan, choices, self._memory).peak
+            if best is None or peak.peak < best[0].peak:
+                best = peak, change
+        assert best is not None
+        return best
 
     def _plan(self, config: Config) -> SharingPlan | None:
         sharing = config.models.sharing
@@ -206,7 +218,7 @@ class _Trial:
 
     def _exceeded(self, plan: SharingPlan, choices: Choices) -> PhaseBytes | None:
         ledger = self._estimator.ledger(plan, choices)
-        for phase in (ledger.fixed("every phase"), ledger.load):
+        for phase in (*_at_least(choices, ledger), ledger.load):
             if phase.peak > self._memory:
                 return phase
         choices = self._estimator.decided(plan, choices, ledger, self._memory)
@@ -216,6 +228,11 @@ class _Trial:
             if phase.peak > self._memory:
                 return phase
         return None
+
+
+def _at_least(choices: Choices, ledger: Ledger) -> list[PhaseBytes]:
+    """What every phase holds; unknown where some of it is offloaded."""
+    return [ledger.fixed("every phase")] if choices.offload == "none" else []
 
 
 def _sensible(plan: SharingPlan, choices: Choices) -> bool:
