@@ -83,6 +83,7 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     from quartet.records import Prompts
     from quartet.rollout.choose import make_engine
     from quartet.rollout.engine import SamplingSettings
+    from quartet.run.allocator import return_gaps
     from quartet.stages.advantages import compute_advantages
     from quartet.stages.batching import scoring_rows
     from quartet.stages.optimizer import make_optimizer
@@ -121,6 +122,7 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         with probe.phase("update"):
             roles.use("policy", "value")
             updater.update(batch, iteration=iteration)
+        return_gaps()
     return {"measured": probe.peaks, "floor": probe.floor, "exact": exact_bytes(roles, optimizer)}
 
 
