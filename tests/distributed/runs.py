@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from quartet.distributed import BackboneWeights, WeightKeeper, stage3
+from quartet.distributed.deepspeed_setup import import_deepspeed
 from quartet.distributed.fsdp2 import FullyShardedDataParallel
-from quartet.distributed.zero3 import Zero3, Zero3Weights
-from quartet.models import loading
-from quartet.models.offload import make_residency
+from quartet.distributed.zero3 import Zero3
+from quartet.models.offload import refuse_unmovable
+from quartet.run import setup
 from quartet.run.progress import Progress
 from quartet.trainer import resume, train
 
@@ -176,30 +177,26 @@ class Collectives(Progress):
 def train_offloaded(values: dict[str, Any]) -> dict[str, bool]:
     """A run under `models.offload: cpu` whose models are taken to be on a GPU; by backbone, whether its shares rest in host
     memory."""
-    kept: dict[str, tuple[torch.nn.Module, WeightKeeper]] = {}
-    keep: dict[Any, Any] = {engine: engine.keep for engine in (FullyShardedDataParallel, Zero3)}
+    found: dict[str, bool] = {}
+    keep, deepspeed = FullyShardedDataParallel.keep, import_deepspeed(torch.device("cpu"))
 
-    def noted(self: Any, weights: BackboneWeights) -> WeightKeeper:
-        backbone: Any = weights.module
-        keeper: WeightKeeper = keep[type(self)](self, weights)
-        kept[backbone.spec.name] = backbone, keeper
+    def kept(self: FullyShardedDataParallel, weights: BackboneWeights) -> WeightKeeper:
+        keeper, backbone = keep(self, weights), cast(Any, weights.module)
+        states = [module._get_fsdp_state() for module in backbone.modules() if isinstance(module, FSDPModule)]
+        groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+        (found[backbone.spec.name],) = {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
         return keeper
 
-    FullyShardedDataParallel.keep = Zero3.keep = noted  # type: ignore[method-assign]
-    loading.make_residency = (
-        lambda *given, cut: make_residency(  # type: ignore[assignment]
-            *given[:3], torch.device("cuda"), *given[4:], cut=cut
-        )
-    )
+    class Cut(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
+        """What lays the shares out."""
+
+        def __init__(self, *, module: Any, **options: Any) -> None:
+            super().__init__(module=module, **options)
+            # A place of DeepSpeed's own, where it is not the device.
+            found[module._module.spec.name] = self.remote_device == "cpu"
+
+    FullyShardedDataParallel.keep, deepspeed.zero.Init = kept, Cut  # type: ignore[method-assign]
+    cuda = torch.device("cuda")
+    setup.refuse_unmovable = lambda models, plan, _, cut: refuse_unmovable(models, plan, cuda, cut=cut)  # type: ignore[assignment]
     train(values)
-    return {name: _rests_on_host(*of_it) for name, of_it in kept.items()}
-
-
-def _rests_on_host(backbone: torch.nn.Module, keeper: Any) -> bool:
-    """As its engine says it, of all its weights."""
-    if isinstance(keeper, Zero3Weights):
-        return bool(keeper.hooks.offload_device == "cpu")
-    states = [module._get_fsdp_state() for module in backbone.modules() if isinstance(module, FSDPModule)]
-    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
-    (answer,) = {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
-    return bool(answer)
+    return found

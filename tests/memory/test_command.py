@@ -247,6 +247,11 @@ def test_wrong_arguments(tmp_path: Path, hollow: Any, capsys: pytest.CaptureFixt
         ({}, ("--processes", "3"), "rollout.batch_size=64 cannot be cut into ppo.minibatches=1"),
         ({"distributed.engine": "none"}, ("--processes", "2"), "distributed.engine=none is for one process"),
         ({"models.freeze_layers": 1}, ("--processes", "2", "--engine", "zero3"), "models.freeze_layers=1 lets two"),
+        (
+            {"models.lora": {"r": 4}, "models.offload": "cpu", "models.device": "cuda"},
+            ("--processes", "2", "--engine", "fsdp2", "--memory", "1MiB"),
+            "models.offload=cpu has nothing to move under the paired plan where weights are cut",
+        ),
         ({"ppo.optimizer": {"name": "adamw8bit"}}, ("--processes", "2"), "distributed.engine=fsdp2 cannot cut"),
     ],
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline import Pipeline
+from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.models.loading import count_bytes
-from quartet.models.offload import Offloaded, make_residency, rests_on_host
+from quartet.models.offload import Offloaded, make_residency, refuse_unmovable, rests_on_host
 from quartet.models.plan import Role
 from quartet.models.residency import Residency
 from tiny import TinyRun
@@ -87,37 +90,45 @@ def test_a_trunk_that_is_shared_with_trained_weights_stays(tiny_run: TinyRun) ->
 
 
 @pytest.mark.parametrize(
-    ("device", "quantization", "plan", "message"),
+    ("device", "changes", "plan", "cut", "message"),
     [
-        ("cpu", None, "paired", "the models are on the CPU already; use models.offload=none"),
+        ("cpu", {}, "paired", False, "the models are on the CPU already; use models.offload=none"),
+        ("cpu", {}, "separate", True, "the models are on the CPU already; use models.offload=none"),
         (
             "cuda",
-            "8bit",
+            {"quantization": "8bit"},
             "paired",
+            False,
             "cannot move layers of models.quantization=8bit.*use models.quantization=4bit or null",
         ),
-        ("cuda", None, "trunk", "has nothing to move under the paired plan|single plan"),
+        ("cuda", {}, "single", False, "has nothing to move under the single plan, whose one backbone"),
+        ("cuda", {}, "paired", True, "nothing to move under the paired plan where weights are cut into shares"),
+        ("cuda", {}, "separate", True, None),
+        ("cuda", {}, "paired", False, None),
+        ("cpu", {"offload": "none"}, "single", True, None),
     ],
 )
 def test_what_cannot_be_moved_is_refused(
-    tiny_run: TinyRun, device: str, quantization: str | None, plan: str, message: str
+    tiny_run: TinyRun, device: str, changes: dict[str, Any], plan: str, cut: bool, message: str | None
 ) -> None:
-    roles = Pipeline(tiny_run("llama", **PLANS["paired"])).roles
-    backbones = dict(list(roles.backbones.items())[:1]) if plan == "trunk" else roles.backbones
-    with pytest.raises(ConfigError, match=message):
-        make_residency("cpu", roles.plan, backbones, torch.device(device), quantization)
+    kind = {"reward": "reward-lora", "models.lora": {"r": 4}} if plan == "single" else PLANS[plan]
+    values = tiny_run("llama", **kind)
+    inputs = Pipeline(values).inputs
+    models = parse_config(values).models.model_copy(update={"offload": "cpu", **changes})
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        refuse_unmovable(models, inputs.plan, torch.device(device), cut=cut)
 
 
-def test_where_weights_are_cut_what_learns_stays(tiny_run: TinyRun) -> None:
-    cuda = torch.device("cuda")
-    separate, paired = (Pipeline(tiny_run("llama", **PLANS[name])).roles for name in ("separate", "paired"))
-    assert type(make_residency("cpu", separate.plan, separate.backbones, cuda, None, cut=True)) is Residency
-    resting = {name for name, backbone in separate.backbones.items() if rests_on_host(backbone.spec)}
+def test_engines_that_cut_weights_keep_them_at_home_by_themselves(tiny_run: TinyRun) -> None:
+    roles = Pipeline(tiny_run("llama", **PLANS["separate"])).roles
+    assert type(make_residency("cpu", roles.plan, roles.backbones, torch.device("cuda"), cut=True)) is Residency
+    resting = {name for name, backbone in roles.backbones.items() if rests_on_host(backbone.spec)}
     assert resting == {"reference", "reward"}
-    with pytest.raises(ConfigError, match="nothing to move under the paired plan where weights are cut into shares"):
-        make_residency("cpu", paired.plan, paired.backbones, cuda, None, cut=True)
 
 
-def test_the_configuration_reaches_the_refusal(tiny_run: TinyRun) -> None:
+def test_the_configuration_reaches_the_refusal(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a weight is read."""
+    values = tiny_run("llama", **{"models.offload": "cpu"})
+    monkeypatch.setattr("quartet.run.setup.load_roles", None)
     with pytest.raises(ConfigError, match=r"models\.offload=cpu"):
-        Pipeline(tiny_run("llama", **{"models.offload": "cpu"}))
+        Pipeline(values)

@@ -64,8 +64,8 @@ class ModelsConfig(Section):
     """Where the models live; auto takes CUDA when there is a GPU."""
     offload: Literal["none", "cpu"] = "none"
     """cpu, with the models on a GPU: frozen weights live in page-locked host memory and are on the GPU only while a role
-    that needs them runs; the policy's own backbone stays. Where weights are cut into shares (zero3, fsdp2), those of backbones
-    in which nothing is trained."""
+    that needs them runs; the policy's own backbone stays. Where weights are cut into shares (zero3, fsdp2), shares of
+    backbones in which nothing is trained stay there, and a layer is on the GPU while it runs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time in the update."""
     trust_remote_code: bool = False

@@ -9,13 +9,14 @@ import sys
 from rich.console import Console
 
 from quartet.config import load_config
-from quartet.distributed import engine_name, refuse_impossible
+from quartet.distributed import CUTTING, engine_name, refuse_impossible
 from quartet.memory.choices import choices_of
 from quartet.memory.estimate import estimator_for
 from quartet.memory.report import as_dict, search_dict, show, show_search
 from quartet.memory.search import search
 from quartet.memory.sizes import parse_bytes
 from quartet.models.loading import plan_for
+from quartet.models.offload import refuse_unmovable
 
 WIDTH = 180
 """Columns where the output is no terminal."""
@@ -32,9 +33,11 @@ def run_plan(options: argparse.Namespace) -> int:
     """
     config = load_config(options.config, options.overrides)
     memory = None if options.memory is None else parse_bytes(options.memory)
-    refuse_impossible(config, options.engine or engine_name(config, options.processes), options.processes)
+    engine = options.engine or engine_name(config, options.processes)
+    refuse_impossible(config, engine, options.processes)
     estimator = estimator_for(config)
     plan = plan_for(config.models, estimator.sft, estimator.reward)
+    refuse_unmovable(config.models, plan, estimator.device, cut=engine in CUTTING)
     given = {"world_size": options.processes, "engine": options.engine}
     estimate = estimator.estimate(plan, choices_of(config, estimator.device, **given), memory)
     found = None if memory is None else search(config, estimator, memory, **given)

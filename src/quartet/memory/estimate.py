@@ -25,6 +25,7 @@ from quartet.memory.sharding import (
     loading_bytes,
     pieces_of,
     resting_gradients,
+    resting_on_host,
     shards,
     widened,
 )
@@ -89,7 +90,8 @@ class Estimator:
         weights = [self._backbone(plan, spec, choices) for spec in plan.backbones]
         roles = tuple(self._role(plan, role, choices) for role in ROLES)
         heads = sum(role.head for role in roles if role.role in ("value", "reward"))
-        after_load = sum(fresh for _, fresh in weights) + heads
+        home = resting_on_host(plan, choices)
+        after_load = sum(fresh for backbone, fresh in weights if backbone.name not in home) + heads
         on_cpu = self.device.type == "cpu"
         trained = sum(role.gradients for role in roles)  # as many bytes as the weights
         tensors = self._pieces(plan, choices).tensors
@@ -252,9 +254,9 @@ class Estimator:
         """
         if choices.offload == "none" or self.device.type == "cpu":
             return 0
+        if home := resting_on_host(plan, choices):
+            return sum(b.weights + b.adapters for b in ledger.backbones if b.name in home)
         learning = {s.name for s in plan.backbones if s.learns}
-        if choices.engine in CUTTING:
-            return sum(b.weights + b.adapters for b in ledger.backbones if b.name not in learning)
         frozen = {
             b.name: b.weights + (0 if b.name in learning else b.adapters) for b in ledger.backbones if not b.trained
         }

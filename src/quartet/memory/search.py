@@ -16,6 +16,7 @@ from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate, Ledger, PhaseBytes
 from quartet.memory.phases import PHASES
 from quartet.models.loading import plan_for
+from quartet.models.offload import refuse_unmovable
 from quartet.models.plan import SharingPlan
 
 Change = dict[str, Any]
@@ -170,6 +171,10 @@ class _Trial:
         plan, choices = self._plan(config), self._choices(config)
         if plan is None or not _sensible(plan, choices):
             return None
+        try:
+            refuse_unmovable(config.models, plan, self._estimator.device, cut=choices.engine in CUTTING)
+        except ConfigError:
+            return None
         exceeded = self._even_at_fewest(plan, choices)
         if exceeded is not None:
             return Candidate(change, cost, config, exceeded, None, at_fewest=True)
@@ -180,22 +185,23 @@ class _Trial:
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
         """The peak of the candidate that needs least, and its change: one of those with the fewest rows."""
         open_ones = []
-        for candidate in candidates:
+        for place, candidate in enumerate(candidates):
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
             if plan is not None and choices == _fewest(choices):
                 ledger = self._estimator.ledger(plan, choices)
                 least = [phase.peak for phase in _at_least(choices, ledger)]
-                open_ones.append((least, plan, choices, candidate.change))
-        best: tuple[PhaseBytes, Change] | None = None
+                open_ones.append((least, place, plan, choices, candidate.change))
+        best: tuple[PhaseBytes, int, Change] | None = None
         # Those whose weights alone need more than another's peak need not be looked at.
-        for least, plan, choices, change in sorted(open_ones, key=lambda item: item[0] or [math.inf]):
-            if best is not None and least and least[0] >= best[0].peak:
+        for least, place, plan, choices, change in sorted(open_ones, key=lambda item: item[0] or [math.inf]):
+            if best is not None and least and least[0] > best[0].peak:
                 continue
             peak = self._estimator.estimate(plan, choices, self._memory).peak
-            if best is None or peak.peak < best[0].peak:
-                best = peak, change
-        assert best is not None
-        return best
+            # Among equals the cheapest, which comes first among the candidates.
+            if best is None or (peak.peak, place) < (best[0].peak, best[1]):
+                best = peak, place, change
+        assert best is not None, "the configuration itself is possible, and so are its fewest rows"
+        return best[0], best[2]
 
     def _plan(self, config: Config) -> SharingPlan | None:
         sharing = config.models.sharing
@@ -236,14 +242,8 @@ def _at_least(choices: Choices, ledger: Ledger) -> list[PhaseBytes]:
 
 
 def _sensible(plan: SharingPlan, choices: Choices) -> bool:
-    """Whether quantization finds frozen weights, and offloading finds some that it can move (see `models.offload`)."""
-    if choices.quantization is not None and all(spec.trainable for spec in plan.backbones):
-        return False
-    if choices.offload == "none":
-        return True
-    if choices.engine in CUTTING:
-        return not all(spec.learns for spec in plan.backbones)
-    return len(plan.backbones) > 1 and choices.quantization in (None, "4bit")
+    """Whether quantization finds frozen weights."""
+    return choices.quantization is None or not all(spec.trainable for spec in plan.backbones)
 
 
 def _fewest(choices: Choices) -> Choices:

@@ -11,6 +11,7 @@ from quartet.distributed import CUTTING, SHARING_STATE, Travel
 from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.shapes import BackboneShape
+from quartet.models.offload import rests_on_host
 from quartet.models.plan import BackboneSpec, SharingPlan
 
 FLOAT = 4
@@ -28,6 +29,13 @@ def shards(choices: Choices) -> int:
 def gradient_shards(choices: Choices) -> int:
     """Into how many processes gradients and optimizer state are cut."""
     return choices.world_size if choices.engine in SHARING_STATE else 1
+
+
+def resting_on_host(plan: SharingPlan, choices: Choices) -> set[str]:
+    """Backbones whose shares are on the device only while a part of them runs."""
+    if choices.offload == "none" or choices.engine not in CUTTING:
+        return set()
+    return {spec.name for spec in plan.backbones if rests_on_host(spec)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,8 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
         return gathered + kept + summed
     # A layer, and the buffer that it or the next one comes in; what is outside of the layers stays for the whole pass.
     gathered = (pieces.outside + max(2 * pieces.layer, pieces.outside)) * pieces.width
+    if phase == "scoring" and choices.offload != "none":
+        gathered += max(pieces.layer, pieces.outside) * pieces.width // choices.world_size  # a share on its way
     if phase != "update":
         return gathered
     if "logits" in at:  # between forward and backward: no layer is there

@@ -106,7 +106,7 @@ def load_roles(
         model = _load_weights(spec, info, weights, place, quantization, mapped or not spec.trainable)
         _attach(spec, model, models, by_source, seed)
         backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
-    where = make_residency(models.offload, plan, backbones, device, models.quantization, cut=mapped)
+    where = make_residency(models.offload, plan, backbones, device, cut=mapped)
     return _views(plan, backbones, score, value, where)
 
 

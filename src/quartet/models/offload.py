@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from quartet.config import ModelsConfig
 from quartet.errors import ConfigError
 from quartet.models.backbone import Backbone
 from quartet.models.mapped import Mapped, can_drop_pages
@@ -64,50 +65,53 @@ class Offloaded(Residency):
         self._inside = needed
 
 
-def make_residency(
-    kind: str,
-    plan: SharingPlan,
-    backbones: Mapping[str, Backbone],
-    device: torch.device,
-    quantization: str | None,
-    *,
-    cut: bool = False,
-) -> Residency:
-    """What `models.offload` asks for; on the CPU, without it, pages of mapped files come and go.
+def refuse_unmovable(models: ModelsConfig, plan: SharingPlan, device: torch.device, *, cut: bool) -> None:
+    """Check that `models.offload` finds something that it can move; before anything is loaded.
 
     Args:
-        kind: none or cpu.
-        cut: a process engine cuts the weights into shares, and keeps those of `rests_on_host` in host memory by itself.
+        device: where the models are to be.
+        cut: a process engine cuts the weights into shares.
 
     Raises:
-        ConfigError: nothing can be moved: the models are on the CPU already, there is no backbone but the policy's, or
-            its layers keep references to their weights; or each holds something that is trained, and is cut.
+        ConfigError: nothing can be moved: the models are on the CPU already, there is no backbone but the policy's, its
+            layers keep references to their weights; or weights are cut, and something is trained in each backbone.
     """
-    if kind == "none":
-        return Mapped(plan, backbones) if device.type == "cpu" and can_drop_pages() else Residency()
+    if models.offload == "none":
+        return
     if device.type == "cpu":
         raise ConfigError(
             "models.offload=cpu moves frozen weights between GPU and host memory, and the models are on the CPU already; "
             "use models.offload=none"
         )
-    if quantization not in (None, "4bit"):
+    if models.quantization not in (None, "4bit"):
         raise ConfigError(
-            f"models.offload=cpu cannot move layers of models.quantization={quantization}, which keep their weights to "
+            f"models.offload=cpu cannot move layers of models.quantization={models.quantization}, which keep their weights to "
             "themselves; use models.quantization=4bit or null, or models.offload=none"
         )
-    if len(backbones) == 1:
+    if len(plan.backbones) == 1:
         raise ConfigError(
             f"models.offload=cpu has nothing to move under the {plan.name} plan, whose one backbone is always in use; use "
             "models.offload=none"
         )
-    if not cut:
-        return Offloaded(plan, backbones, device)
-    if any(rests_on_host(backbone.spec) for backbone in backbones.values()):
-        return Residency()
-    raise ConfigError(
-        f"models.offload=cpu has nothing to move under the {plan.name} plan where weights are cut into shares: something is "
-        "trained in each of its backbones; use models.sharing=separate, or models.offload=none"
-    )
+    if cut and not any(rests_on_host(spec) for spec in plan.backbones):
+        raise ConfigError(
+            f"models.offload=cpu has nothing to move under the {plan.name} plan where weights are cut into shares: something "
+            "is trained in each of its backbones; use models.sharing=separate, or models.offload=none"
+        )
+
+
+def make_residency(
+    kind: str, plan: SharingPlan, backbones: Mapping[str, Backbone], device: torch.device, *, cut: bool = False
+) -> Residency:
+    """What `models.offload` asks for; on the CPU, without it, pages of mapped files come and go.
+
+    Args:
+        kind: none or cpu; `refuse_unmovable` has nothing against it.
+        cut: a process engine cuts the weights into shares, and keeps those of `rests_on_host` in host memory by itself.
+    """
+    if kind == "none":
+        return Mapped(plan, backbones) if device.type == "cpu" and can_drop_pages() else Residency()
+    return Residency() if cut else Offloaded(plan, backbones, device)
 
 
 def rests_on_host(spec: BackboneSpec) -> bool:

@@ -68,7 +68,7 @@ class Session:
         """
         folder = RunFolder(config.run.dir)
         engine.agree(folder.refuse_used)
-        inputs = engine.agree(lambda: read_inputs(config, progress.say))
+        inputs = engine.agree(lambda: read_inputs(config, progress.say, cut=engine.cuts_weights))
         memory = account_for(config)
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
         return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
@@ -106,7 +106,7 @@ class Session:
         )
         if not trust:
             engine.agree(lambda: refuse_untrusted(config, folder.path))
-        inputs = engine.agree(lambda: read_inputs(config, progress.say))
+        inputs = engine.agree(lambda: read_inputs(config, progress.say, cut=engine.cuts_weights))
         # One process of each machine compares what that machine has.
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
         memory = account_for(config, folder.read_plan().get("memory"))

@@ -19,7 +19,7 @@ from quartet.models.branch import layer_list
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.linears import restore_linears
 from quartet.models.loading import convert_weights, load_roles, plan_for
-from quartet.models.offload import rests_on_host
+from quartet.models.offload import refuse_unmovable, rests_on_host
 from quartet.models.packing import allow_packing
 from quartet.models.pickled import open_checkpoint
 from quartet.models.plan import SharingPlan
@@ -68,7 +68,7 @@ class Loaded:
     decode: Callable[[Tensor], str]
 
 
-def read_inputs(config: Config, say: Say) -> Inputs:
+def read_inputs(config: Config, say: Say, *, cut: bool = False) -> Inputs:
     """Check checkpoints, tokenizers, prompts and reward sources.
 
     Raises:
@@ -90,6 +90,7 @@ def read_inputs(config: Config, say: Say) -> Inputs:
     refuse_long_sequences((sft, reward), max(prompts.longest, held.longest), config.rollout.response_length)
     evaluation = evaluation_prompts(held.in_order()) if len(held) else None
     plan = plan_for(config.models, sft, reward)
+    refuse_unmovable(config.models, plan, resolve_device(config.models.device), cut=cut)
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
 
 
