@@ -1,6 +1,7 @@
 """The run on fake tensors against the same code on real ones, and few layers against all of them."""
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -167,3 +168,19 @@ def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run
     roles = fake_roles(plan, sft, reward, choices, 1, mode)
     found = {type(module) for backbone in roles.backbones.values() for module in backbone.model.modules()}
     assert (FastLinear in found) is own
+
+
+def test_the_rollout_holds_the_policys_adapter_twice(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled and transposed, for as long as it generates."""
+    pipeline = Pipeline(tiny_run("llama", **{"models.lora": {"r": 20}}))
+    inputs, device = pipeline.inputs, torch.device("cpu")
+
+    def planned() -> Any:
+        estimator = Estimator(inputs.sft, inputs.reward, workload_of(pipeline.config), device)
+        return estimator.estimate(inputs.plan, choices_of(pipeline.config, device))
+
+    estimate = planned()
+    monkeypatch.setattr("quartet.rollout.static_decoder.fast_linears", lambda *_: nullcontext())
+    copies = estimate.phase("rollout").activations - planned().phase("rollout").activations
+    adapters = next(role.adapters for role in estimate.roles if role.role == "policy")
+    assert 0.8 * adapters < copies <= adapters

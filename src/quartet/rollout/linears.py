@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
 
@@ -96,7 +97,7 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
         return None
     low: Any = module.lora_A[adapter]
     high: Any = module.lora_B[adapter]
-    if high.bias is not None or not _is_here(low.weight):
+    if high.bias is not None or isinstance(low.weight, DTensor) or not low.weight.numel():
         return None
     down = upright(low.weight.detach().to(dtype))
     up = upright((high.weight.detach() * module.scaling[adapter]).to(dtype))
