@@ -170,17 +170,20 @@ def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run
     assert (FastLinear in found) is own
 
 
-def test_the_rollout_holds_the_policys_adapter_twice(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scaled and transposed, for as long as it generates."""
+@pytest.mark.parametrize(("quantization", "twice"), [(None, True), ("4bit", False)])
+def test_the_rollout_holds_the_policys_adapter_twice(
+    tiny_run: Any, monkeypatch: pytest.MonkeyPatch, quantization: str | None, twice: bool
+) -> None:
+    """Scaled and transposed, for as long as it generates; layers over quantized weights stay as they are."""
     pipeline = Pipeline(tiny_run("llama", **{"models.lora": {"r": 20}}))
     inputs, device = pipeline.inputs, torch.device("cpu")
 
     def planned() -> Any:
         estimator = Estimator(inputs.sft, inputs.reward, workload_of(pipeline.config), device)
-        return estimator.estimate(inputs.plan, choices_of(pipeline.config, device))
+        return estimator.estimate(inputs.plan, replace(choices_of(pipeline.config, device), quantization=quantization))
 
     estimate = planned()
     monkeypatch.setattr("quartet.rollout.static_decoder.fast_linears", lambda *_: nullcontext())
     copies = estimate.phase("rollout").activations - planned().phase("rollout").activations
     adapters = next(role.adapters for role in estimate.roles if role.role == "policy")
-    assert 0.8 * adapters < copies <= adapters
+    assert (0.8 * adapters < copies <= adapters) if twice else (copies == 0)

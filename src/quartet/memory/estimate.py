@@ -100,7 +100,7 @@ class Estimator:
         adapters = [self._adapter(spec, a.name, choices) for spec in plan.backbones for a in spec.adapters]
         libraries = libraries_at_load(plan, roles, shapes, adapters, choices.quantization) if on_cpu else 0
         load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, libraries, "weights")
-        kept = libraries_in_phases(choices.engine) if on_cpu else 0
+        kept = libraries_in_phases(choices.engine, choices.quantization) if on_cpu else 0
         return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, kept, load)
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:

@@ -13,6 +13,8 @@ from quartet.models.plan import SharingPlan
 LIBRARIES = 24 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
 imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
+WITH_4BIT = 18 * 2**20
+"""The same where bitsandbytes computes the frozen layers in 4 bit, as measured there; 8 bit keeps as much as float32."""
 WITH_ENGINE = 5 * 2**20
 """On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 5 to 12 MiB with LoRA, full
 fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
@@ -59,6 +61,6 @@ def libraries_at_load(
     return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + objects + max(largest, quantizing)
 
 
-def libraries_in_phases(engine: str) -> float:
+def libraries_in_phases(engine: str, quantization: str | None) -> float:
     """Bytes that libraries keep in the phases after loading."""
-    return LIBRARIES + WITH_ENGINE * (engine != "none")
+    return (WITH_4BIT if quantization == "4bit" else LIBRARIES) + WITH_ENGINE * (engine != "none")

@@ -99,6 +99,8 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
     high: Any = module.lora_B[adapter]
     if high.bias is not None or isinstance(low.weight, DTensor) or not low.weight.numel():
         return None
+    if isinstance(module.base_layer, nn.Linear) and type(module.base_layer) not in (nn.Linear, FastLinear):
+        return None  # a quantized one
     down = upright(low.weight.detach().to(dtype))
     up = upright((high.weight.detach() * module.scaling[adapter]).to(dtype))
     return partial(_with_lora, module.base_layer, down, up)
