@@ -106,12 +106,14 @@ def test_resuming_asks_before_it_uses_what_config_yaml_names(
     """Nothing is imported or sent before."""
     edited = changed(yaml.safe_load((whole / "config.yaml").read_text()), change)
     (whole / "config.yaml").write_text(yaml.safe_dump(edited))
-    monkeypatch.setattr("quartet.run.session.read_inputs", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr("quartet.run.session.read_inputs", lambda *_, **__: pytest.fail("went on"))
     with pytest.raises(ConfigError, match=rf"names {named}.*add --trust"):
         resume(whole)
     assert main(["resume", str(whole)]) == 2
     assert "add --trust" in capsys.readouterr().err
-    monkeypatch.setattr("quartet.run.session.read_inputs", lambda *_: (_ for _ in ()).throw(ConfigError("trusted")))
+    monkeypatch.setattr(
+        "quartet.run.session.read_inputs", lambda *_, **__: (_ for _ in ()).throw(ConfigError("trusted"))
+    )
     with pytest.raises(ConfigError, match="trusted"):
         resume(whole, trust=True)
 

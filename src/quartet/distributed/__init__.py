@@ -8,7 +8,14 @@ from quartet.distributed.choose import (
     gathers_for_rollout,
     refuse_impossible,
 )
-from quartet.distributed.engine import BackboneWeights, ProcessEngine, SingleProcess, WeightKeeper, WholeWeights
+from quartet.distributed.engine import (
+    BackboneWeights,
+    ProcessEngine,
+    SingleProcess,
+    WeightKeeper,
+    WholeWeights,
+    is_share,
+)
 from quartet.distributed.launch import joined
 from quartet.distributed.pieces import Piece
 
@@ -24,6 +31,7 @@ __all__ = [
     "WholeWeights",
     "engine_name",
     "gathers_for_rollout",
+    "is_share",
     "joined",
     "refuse_impossible",
 ]

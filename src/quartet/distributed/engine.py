@@ -32,6 +32,11 @@ class BackboneWeights:
     """Shares rest in host memory; what is put together from them comes to the device for as long as it runs."""
 
 
+def is_share(weight: Tensor) -> bool:
+    """Whether this process holds but a share of a weight, or nothing of it until it is fetched."""
+    return hasattr(weight, "device_mesh") or not weight.numel()  # fsdp2, ZeRO-3
+
+
 class WeightKeeper(Protocol):
     """Where the weights of one backbone are when they are not needed."""
 

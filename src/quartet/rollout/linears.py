@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from quartet.distributed import is_share
 from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
 
 _SMALLEST_SIDE = 64
@@ -76,8 +76,8 @@ def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor],
 
 
 def _is_here(weight: Tensor) -> bool:
-    """Whether this process holds the weight: not where it is cut into shares and fetched for each use."""
-    return type(weight) is nn.Parameter and weight.numel() > 0
+    """Whether this process holds the weight in numbers: not where it is a share, quantized or a stand-in without any."""
+    return type(weight) is nn.Parameter and not is_share(weight)
 
 
 def _float32(module: nn.Linear, states: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Calla
         return None
     low: Any = module.lora_A[adapter]
     high: Any = module.lora_B[adapter]
-    if high.bias is not None or isinstance(low.weight, DTensor) or not low.weight.numel():
+    if high.bias is not None or is_share(low.weight):
         return None
     if isinstance(module.base_layer, nn.Linear) and type(module.base_layer) not in (nn.Linear, FastLinear):
         return None  # a quantized one
