@@ -11,7 +11,15 @@ from pipeline import Pipeline
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate
-from quartet.memory.libraries import ADAPTER_MODULES, ADAPTERS_AT_LOAD, AT_LOAD, MODULES, QUANTIZING
+from quartet.memory.libraries import (
+    ADAPTER_MODULES,
+    ADAPTERS_AT_LOAD,
+    AT_LOAD,
+    LIBRARIES,
+    MODULES,
+    QUANTIZING,
+    WITH_4BIT,
+)
 
 CASES = [
     ("llama", "sft", "reward", {}),
@@ -176,6 +184,6 @@ def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
     assert estimate.phase("load").libraries == imported + objects + sum(in_files)
     if read == ():
         largest = max(p.numel() for p in backbone.model.layers.parameters())
-        assert estimate_for(pipeline, quantization="4bit").phase("load").libraries == pytest.approx(
-            imported + objects + QUANTIZING["4bit"] * largest
-        )
+        quantized = estimate_for(pipeline, quantization="4bit")
+        assert quantized.phase("load").libraries == pytest.approx(imported + objects + QUANTIZING["4bit"] * largest)
+        assert (estimate.phase("update").libraries, quantized.phase("update").libraries) == (LIBRARIES, WITH_4BIT)

@@ -126,6 +126,14 @@ def test_engines_that_cut_weights_keep_them_at_home_by_themselves(tiny_run: Tiny
     assert resting == {"reference", "reward"}
 
 
+def test_a_backbone_is_where_its_weights_run(tiny_run: TinyRun) -> None:
+    """Shares at rest may be elsewhere."""
+    backbone = Pipeline(tiny_run("llama")).roles.reference.backbone
+    assert backbone.device.type == "cpu"
+    backbone.weights.device = torch.device("meta")
+    assert backbone.device.type == "meta"
+
+
 def test_the_configuration_reaches_the_refusal(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a weight is read."""
     values = tiny_run("llama", **{"models.offload": "cpu"})
