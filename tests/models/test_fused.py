@@ -18,7 +18,7 @@ from quartet.config import LoraConfig
 from quartet.models import adapters
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.fused import rms_norm, use_fused_layers
-from quartet.models.gated import gated, gated_mlp
+from quartet.models.gated import gated, gated_down
 from quartet.models.linears import FastLinear, use_fast_linears
 from quartet.models.precision import autocast
 
@@ -79,7 +79,7 @@ def test_less_is_kept(linears: bool) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(torch.randn(3, 5, 16))
+            layer(torch.randn(3, 5, 16, requires_grad=True))
         kept[name] = sum(seen.values())
     # The activation of the gate, and its product where the layer after it is one of ours.
     assert kept["plain"] - kept["fused"] == (1 + linears) * 3 * 5 * 24 * 4
@@ -135,7 +135,7 @@ def test_exact_gradients_to_the_hidden_size(activation: Callable[[Tensor], Tenso
     def trained(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         del down.weight, down.bias
         down.weight, down.bias = weight, bias  # type: ignore[assignment]
-        return gated_mlp(gate, up, activation, down)
+        return gated_down(gate, up, activation, down)
 
     assert torch.autograd.gradcheck(trained, (random(2, 3, 4), random(2, 3, 4), random(5, 4), random(5)))
 

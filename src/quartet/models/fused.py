@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.models.gated import gated_mlp, multiplied
+from quartet.models.gated import multiplied
+from quartet.models.gated_mlp import gated_mlp
 from quartet.models.layout import packed_now
 from quartet.models.linears import is_replaced
 
@@ -62,10 +63,10 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
         packed = packed_now() if self.is_last else None
         if packed is not None:
             x = packed.read.shorten(x.squeeze(0)).unsqueeze(0)
-        gate, up = self.gate_proj(x), self.up_proj(x)
         if torch.is_grad_enabled():
-            result = gated_mlp(gate, up, self.act_fn, self.down_proj)
+            result = gated_mlp(x, self.gate_proj, self.up_proj, self.act_fn, self.down_proj)
         else:  # the library's arithmetic, with one tensor less
+            gate, up = self.gate_proj(x), self.up_proj(x)
             result = self.down_proj(multiplied(self.act_fn, gate, up))
         return result if packed is None else packed.read.lengthen(result.squeeze(0)).unsqueeze(0)
 

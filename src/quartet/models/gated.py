@@ -23,7 +23,7 @@ from quartet.models.linears import (
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated_mlp(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module) -> Tensor:
+def gated_down(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module) -> Tensor:
     """`down(activation(gate) * up)`, which keeps `gate` and `up`; the product too where only `down` knows how it computes.
 
     Args:
@@ -55,7 +55,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = ctx.saved_tensors
-        active, slope = _with_slope(ctx.activation, gate)
+        active, slope = with_slope(ctx.activation, gate)
         room = gradient * up
         return slope(room, room), active.mul_(gradient), None
 
@@ -90,7 +90,7 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_down, lora_up, low = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, ctx.dtype
-        active, slope = _with_slope(ctx.activation, gate)
+        active, slope = with_slope(ctx.activation, gate)
         flat = gradient.flatten(0, -2)
         by_between = by_transposed(gradient, weight.to(dtype))
         by_weight = by_lora_down = by_lora_up = None
@@ -110,19 +110,23 @@ class _GatedDown(torch.autograd.Function):
         return by_gate, by_up, None, by_weight, by_bias, by_lora_down, by_lora_up, None
 
 
-def multiplied(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """`activation(gate) * up` in the memory of the activation."""
+def multiplied(activation: Activation, gate: Tensor, up: Tensor, room: Tensor | None = None) -> Tensor:
+    """`activation(gate) * up` in the memory of the activation, which is the first columns of `room` if that can be."""
+    if room is not None and isinstance(activation, SiLUActivation | nn.SiLU):
+        active: Tensor = torch.ops.aten.silu.out(gate, out=room[:, : gate.shape[1]])
+        return active.mul_(up)
     active = activation(gate)
     return active * up if active is gate else active.mul_(up)
 
 
-def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """`activation(gate)`, and the function from a gradient of it to that of the gate, which may use the memory of its second
-    argument."""
+def with_slope(
+    activation: Activation, gate: Tensor, room: Tensor | None = None
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """`activation(gate)`, in `room` if that can be, and the function from a gradient of it to that of the gate, which may use
+    the memory of its second argument, even the gate's own."""
     if isinstance(activation, SiLUActivation | nn.SiLU):
-        return nn.functional.silu(gate), lambda gradient, room: torch.ops.aten.silu_backward.grad_input(
-            gradient, gate, grad_input=room
-        )
+        active = nn.functional.silu(gate) if room is None else torch.ops.aten.silu.out(gate, out=room)
+        return active, lambda gradient, room: torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=room)
     leaf = gate.detach().requires_grad_()
     with torch.enable_grad():
         active = activation(leaf)

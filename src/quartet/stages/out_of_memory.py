@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from quartet.models.lending import LENDER
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: CUDA has an error class for it, torch's CPU allocator only a text."""
@@ -14,6 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Give cached blocks back, so that a smaller pass finds them whole."""
+    LENDER.forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

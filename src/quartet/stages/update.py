@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quartet.config import PPOConfig
 from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
+from quartet.models.lending import LENDER
 from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
 from quartet.records import Advantaged, Sequences, UpdateStats
 from quartet.stages.bad_steps import BadSteps, step_unless
@@ -56,6 +57,7 @@ class Updater:
         self._alone = engine.world_size == 1 and not engine.shares_state
         self._say = say
 
+    @LENDER.keeping()
     def update(self, batch: Advantaged, *, iteration: int, bad_steps: int = 0) -> UpdateStats:
         """`epochs` passes over the batch.
 
