@@ -88,6 +88,11 @@ def test_only_plain_frozen_layers_go_in_one_pass(monkeypatch: pytest.MonkeyPatch
     assert saved(states, *layers(trained=True)) == "_GatedDownBackward"
     gate, up, down = layers(trained=False)
     assert saved(states, gate, up, nn.Linear(BETWEEN, HIDDEN)) != "GatedMLPBackward"
+    seen: list[int] = []
+    handle = up.register_forward_hook(lambda *_: seen.append(1))
+    assert saved(states, gate, up, down) == "_GatedDownBackward"
+    assert seen == [1]
+    handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
         assert saved(states, gate, up, down) == "_GatedDownBackward"
     monkeypatch.setattr(module, "has_onednn", lambda weight: True)

@@ -13,6 +13,7 @@ from transformers.activations import SiLUActivation
 from quartet.models.linears import (
     FastLinear,
     FastLoraLinear,
+    Weights,
     add_low_rank,
     by_transposed,
     computed_in,
@@ -30,12 +31,20 @@ def gated_down(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module
         gate: `[..., intermediate]`, like `up`.
         down: the linear layer back to the hidden size.
     """
-    weights = down.taken_apart() if isinstance(down, FastLinear | FastLoraLinear) else None
+    weights = weights_of(down)
     if weights is None:
         result: Tensor = down(gated(gate, up, activation))
         return result
     apply: Callable[..., Tensor] = _GatedDown.apply
     return apply(gate, up, activation, weights.weight, weights.bias, weights.down, weights.up, weights.scale)
+
+
+def weights_of(layer: nn.Module) -> Weights | None:
+    """The tensors of a linear layer, for those who compute for it; None where it has to be called: its kind has more to it, or a
+    hook waits for the call."""
+    if not isinstance(layer, FastLinear | FastLoraLinear) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    return layer.taken_apart()
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.models.gated import Activation, gated_down, multiplied, with_slope
+from quartet.models.gated import Activation, gated_down, multiplied, weights_of, with_slope
 from quartet.models.lending import LENDER
 from quartet.models.linears import (
-    FastLinear,
-    FastLoraLinear,
     Weights,
     add_low_rank,
     has_onednn,
@@ -37,9 +35,7 @@ def gated_mlp(states: Tensor, gate: nn.Module, up: nn.Module, activation: Activa
     Args:
         states: x, `[..., hidden]`.
     """
-    layers = [
-        layer.taken_apart() if isinstance(layer, FastLinear | FastLoraLinear) else None for layer in (gate, up, down)
-    ]
+    layers = [weights_of(layer) for layer in (gate, up, down)]
     known = [layer for layer in layers if layer is not None]
     if len(known) < len(layers) or not _in_one_pass(states, known):
         return gated_down(gate(states), up(states), activation, down)
@@ -61,6 +57,11 @@ def _in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
 
 
 class GatedMLP(torch.autograd.Function):
+    """`y = W_d h + ...` with `h = activation(gate) * up`; the weights get no gradient, adapters and x do.
+
+    Tensors after the scales: weight, bias, A and B of gate, up and down; None for what a layer lacks.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, activation: Activation, scales: list[float], *tensors: Tensor | None
