@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/quartet demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: format lint types test
 
