@@ -93,6 +93,10 @@ def test_only_plain_frozen_layers_go_in_one_pass(monkeypatch: pytest.MonkeyPatch
     assert saved(states, gate, up, down) == "_GatedDownBackward"
     assert seen == [1]
     handle.remove()
+    down.register_full_backward_hook(lambda *_: seen.append(2))
+    gated_mlp(states, gate, up, nn.SiLU(), down).sum().backward()
+    assert seen == [1, 2]
+    gate, up, down = layers(trained=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert saved(states, gate, up, down) == "_GatedDownBackward"
     monkeypatch.setattr(module, "has_onednn", lambda weight: True)

@@ -42,7 +42,9 @@ def gated_down(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module
 def weights_of(layer: nn.Module) -> Weights | None:
     """The tensors of a linear layer, for those who compute for it; None where it has to be called, because its kind has more to
     it or a hook waits for the call."""
-    if not isinstance(layer, FastLinear | FastLoraLinear) or layer._forward_hooks or layer._forward_pre_hooks:
+    if not isinstance(layer, FastLinear | FastLoraLinear):
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return None
     return layer.taken_apart()
 

@@ -57,7 +57,7 @@ def _in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
 
 
 class GatedMLP(torch.autograd.Function):
-    """`y = W_d h + ...` with `h = activation(gate) * up`; the weights get no gradient, adapters and x do.
+    """`down(activation(gate(x)) * up(x))` of three layers with frozen weights; x and the adapters get gradients.
 
     Tensors after the scales: weight, bias, A and B of gate, up and down; None for what a layer lacks.
     """

@@ -41,11 +41,11 @@ class Lender:
     def borrowed(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """`[rows, columns]` in the dtype and on the device of `like`, holding anything."""
         count = rows * columns
-        fitting = [(block.numel(), -index) for index, block in enumerate(self._of(like)) if block.numel() >= count]
+        fitting = [block for block in reversed(self._of(like)) if block.numel() >= count]
         if self._free is None or not fitting:
             self._drop_one(like)
             return like.new_empty(count).view(rows, columns)
-        block = self._of(like)[-min(fitting)[1]]
+        block = min(fitting, key=torch.Tensor.numel)  # of several the last given back: the caches may still hold it
         self._free = [other for other in self._free if other is not block]
         return block[:count].view(rows, columns)
 
