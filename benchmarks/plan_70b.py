@@ -3,6 +3,7 @@
 Writes two checkpoints without weights (config.json, and a safetensors header before a body that takes no room on disk), in the
 shape of Llama 3 70B, and plans full fine-tuning and LoRA under zero3 and fsdp2 on 8, 16 and 64 GPUs. Nothing is trained: the
 figures are predictions, and `fits` leaves a tenth of 80 GB for what the planner does not see (fragmentation, kernels' buffers).
+`seconds` is the wall time of the whole command, which each row runs in a process of its own.
 
 usage: python benchmarks/plan_70b.py [--quick] [--json FILE]
 """
@@ -10,21 +11,20 @@ usage: python benchmarks/plan_70b.py [--quick] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import struct
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from harness import own_versions, write_json
+from harness import machine, own_versions, write_json
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
-
-from quartet.cli import main as quartet
 
 SHAPE = {
     "hidden_size": 8192,
@@ -64,28 +64,28 @@ def write_checkpoints(folder: Path) -> None:
             stream.truncate(8 + len(text) + offset)
 
 
-def plan(folder: Path, lora: bool, engine: str, devices: int) -> dict[str, Any]:
-    """What `quartet plan --json` prints; 80 GB decide whether the policy is gathered to generate."""
+def plan(folder: Path, lora: bool, engine: str, devices: int) -> tuple[dict[str, Any], float]:
+    """What `quartet plan --json` prints, and the seconds that it takes."""
     models = {"sft": str(folder / "sft"), "reward": str(folder / "reward"), "device": "cuda", "dtype": "bfloat16"}
     values = {**RUN, "models": {**models, "gradient_checkpointing": True, "lora": {"r": 16} if lora else None}}
     values["distributed"] = {"gather_for_rollout": False}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        arguments = ["plan", str(folder / "run.yaml"), "--processes", str(devices), "--engine", engine, "--json"]
-        code = quartet(arguments)
-    if code:
-        raise SystemExit(code)
-    result: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
-    return result
+    arguments = ["plan", str(folder / "run.yaml"), "--processes", str(devices), "--engine", engine, "--json"]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "quartet", *arguments], stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result, seconds
 
 
-def line(name: str, found: dict[str, Any]) -> str:
+def line(name: str, found: dict[str, Any], seconds: float) -> str:
     """One row of the table."""
     cells = "".join(f" | {found['phases'][phase]['peak'] / GIB:.1f}" for phase in PHASES)
     fits = "yes" if found["peak"]["bytes"] <= KEPT * DEVICE else "no"
     carried = [found["traffic"][phase]["total"] / GIB for phase in PHASES[1:]]
-    return f"| {name}{cells} | {fits} | " + " | ".join(f"{one:,.0f}" for one in carried) + " |"
+    return f"| {name}{cells} | {fits} | " + " | ".join(f"{one:,.0f}" for one in carried) + f" | {seconds:.1f} |"
 
 
 def main() -> None:
@@ -95,17 +95,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all plans here")
     options = parser.parse_args()
     plans = []
-    print("| | load | rollout | scoring | update | fits 80 GB | sent in rollout | in scoring | in update |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| | load | rollout | scoring | update | fits 80 GB | sent in rollout | in scoring | in update | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         write_checkpoints(Path(temporary))
         for lora in (False, True):
             for engine in ("zero3", "fsdp2"):
                 for devices in (8,) if options.quick else (8, 16, 64):
-                    found = plan(Path(temporary), lora, engine, devices)
-                    plans.append({"lora": lora, "engine": engine, "devices": devices, "plan": found})
-                    print(line(f"{'LoRA' if lora else 'full'}, {engine}, {devices} devices", found), flush=True)
-    write_json(options.json, {"versions": own_versions(), "shape": SHAPE, "run": RUN, "plans": plans})
+                    found, seconds = plan(Path(temporary), lora, engine, devices)
+                    plans.append(
+                        {"lora": lora, "engine": engine, "devices": devices, "seconds": seconds, "plan": found}
+                    )
+                    print(
+                        line(f"{'LoRA' if lora else 'full'}, {engine}, {devices} devices", found, seconds), flush=True
+                    )
+    write_json(
+        options.json, {"machine": machine(), "versions": own_versions(), "shape": SHAPE, "run": RUN, "plans": plans}
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from quartet.cli import main
+from quartet.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -6,10 +6,13 @@ Mistakes end in one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quartet import __version__
 from quartet.errors import QuartetError, printable, shown
@@ -30,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)
         return 130
     return result
+
+
+def command() -> int:
+    """`main`, after which the process ends: what is still there is not looked over for garbage once more."""
+    code = main()
+    gc.freeze()
+    return code
 
 
 def _rank() -> str:
@@ -98,8 +108,9 @@ def _positive(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _quiet_libraries()
-    from quartet.demo.run import run_demo
+    with _uncollected():
+        _quiet_libraries()
+        from quartet.demo.run import run_demo
 
     run_demo(iterations=options.iterations, seed=options.seed, out=options.out)
     return 0
@@ -122,8 +133,9 @@ def _train(options: argparse.Namespace) -> int:
     from quartet.config import load_config
 
     config = load_config(options.config, options.overrides)
-    _quiet_libraries()
-    from quartet.trainer import train
+    with _uncollected():
+        _quiet_libraries()
+        from quartet.trainer import train
 
     folder = train(config, force=options.force)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")
@@ -131,22 +143,53 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    _quiet_libraries()
-    from quartet.memory.command import run_plan
+    with _uncollected(), _uncompiled():
+        _quiet_libraries()
+        from quartet.memory.command import run_plan
 
-    return run_plan(options)
+        return run_plan(options)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage in the block: among the many objects that an import makes, which stay, that takes seconds."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Leave torch's compiler out of the imports in the block: bitsandbytes would fetch it for kernels of its own."""
+    import torch
+
+    compiler: Any = torch.compiler
+    if not hasattr(compiler, "set_default_backend"):  # older than torch 2.12
+        yield
+        return
+    compiler.set_default_backend("eager")
+    try:
+        yield
+    finally:
+        compiler.set_default_backend(None)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    _quiet_libraries()
-    from quartet.run.reopen_command import run_eval
+    with _uncollected():
+        _quiet_libraries()
+        from quartet.run.reopen_command import run_eval
 
     return run_eval(options)
 
 
 def _export(options: argparse.Namespace) -> int:
-    _quiet_libraries()
-    from quartet.run.reopen_command import run_export
+    with _uncollected():
+        _quiet_libraries()
+        from quartet.run.reopen_command import run_export
 
     return run_export(options)
 
@@ -159,8 +202,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    _quiet_libraries()
-    from quartet.trainer import resume
+    with _uncollected():
+        _quiet_libraries()
+        from quartet.trainer import resume
 
     folder = resume(options.run, start=options.start, trust=options.trust)
     print(f"policy: {folder / 'policy'}\nvalue: {folder / 'value'}\nmetrics: {folder / 'metrics.jsonl'}")

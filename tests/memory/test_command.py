@@ -1,6 +1,8 @@
 """`quartet plan` from a YAML file to tables, JSON and exit codes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,20 @@ def test_seventy_billion_parameters_from_headers(tmp_path: Path, hollow: Any, ca
     assert roles["value"]["optimizer"] == (2 * (LORA_16 + 8192) + 80 * 7 * 2 + 1) * 4
     # Rows * tokens * key heads * head size * (keys and values) * layers * bytes; columns in multiples of 16.
     assert result["phases"]["rollout"]["kv_cache"] == 32 * 576 * 8 * 128 * 2 * 80 * 2
+
+
+def test_planning_leaves_compiler_and_garbage_collection_alone(tmp_path: Path, hollow: Any) -> None:
+    """A plan is to be there in seconds; torch's compiler alone takes one to import."""
+    if not hasattr(torch.compiler, "set_default_backend"):
+        pytest.skip("torch before 2.12 has its compiler imported by bitsandbytes")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(hollow(SMALL, **{"models.lora": {"r": 4}})))
+    code = (
+        "import gc, sys; from quartet.cli import main; assert main(sys.argv[1:]) == 0; import torch;"
+        "print(gc.isenabled(), torch.compiler.get_default_backend(), 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(tmp_path / "run.yaml"), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True inductor False"
 
 
 def test_json_has_stable_keys(tmp_path: Path, hollow: Any, capsys: Any) -> None:
@@ -278,7 +294,7 @@ def test_automatic_engine_is_that_of_training(tmp_path: Path, hollow: Any, capsy
 def test_gathering_for_the_rollout_is_decided_by_the_memory(tmp_path: Path, hollow: Any, capsys: Any) -> None:
     """Whole where the policy takes at most half of what is left after loading."""
     many = ("--processes", "4", "--engine", "fsdp2")
-    values = hollow(SMALL)
+    values = hollow(SMALL, **{"models.dtype": "float32"})
     capsys.readouterr()
     plan(tmp_path, values, *many)
     assert "assumed: the whole policy fits" in capsys.readouterr().out

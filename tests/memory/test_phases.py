@@ -17,7 +17,7 @@ from quartet.memory.estimate import Estimator
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.shapes import shape_of
 from quartet.memory.skeleton import fake_roles, tensors_of
-from quartet.memory.trace import MemoryTrace, fake_mode
+from quartet.memory.trace import FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
@@ -170,7 +170,7 @@ def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run
     pipeline = Pipeline(tiny_run("llama"))
     plan, sft, reward = pipeline.inputs.plan, pipeline.inputs.sft, pipeline.inputs.reward
     choices = choices_of(pipeline.config, torch.device("cpu"), world_size=2, engine=engine)
-    mode = fake_mode()
+    mode = FakeTensors()
     roles = fake_roles(plan, sft, reward, choices, 1, mode)
     found = {type(module) for backbone in roles.backbones.values() for module in backbone.model.modules()}
     assert (FastLinear in found) is own

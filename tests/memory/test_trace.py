@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from quartet.memory.trace import ACTIVATIONS, GRADIENTS, KINDS, LOGITS, MemoryTrace, at_depth, fake_mode
+from quartet.memory.trace import ACTIVATIONS, GRADIENTS, KINDS, LOGITS, FakeTensors, MemoryTrace, at_depth
 
 
 def test_peak_of_a_stretch_counts_what_is_alive_at_once() -> None:
-    with fake_mode():
+    with FakeTensors() as mode:
         known = torch.empty(100)
-        with MemoryTrace([known], vocabulary=-1) as trace:
+        trace = MemoryTrace([known], vocabulary=-1)
+        with mode.counted_by(trace):
             trace.enter("first")
             one = known + 1  # 400 bytes
             two = one * 2  # 800 alive
@@ -27,10 +28,25 @@ def test_peak_of_a_stretch_counts_what_is_alive_at_once() -> None:
     }
 
 
+def test_what_an_operation_is_made_of_inside_does_not_count() -> None:
+    """torch runs silu's backward on shapes as a chain of operations, whose results no kernel holds."""
+    peaks = []
+    for stacked in (False, True):
+        with FakeTensors() as mode:
+            gradient, inputs = torch.empty(100), torch.empty(100)
+            trace = MemoryTrace([gradient, inputs], vocabulary=-1)
+            with trace if stacked else mode.counted_by(trace):
+                trace.enter("only")
+                torch.ops.aten.silu_backward(gradient, inputs)
+        peaks.append(sum(trace.peaks["only"].values()))
+    assert peaks == [400, 400]
+
+
 def test_saved_tensors_stay_until_backward_and_gradients_are_told_apart() -> None:
-    with fake_mode():
+    with FakeTensors() as mode:
         layer = nn.Linear(10, 20, bias=False)
-        with MemoryTrace(list(layer.parameters()), vocabulary=20) as trace:
+        trace = MemoryTrace(list(layer.parameters()), vocabulary=20)
+        with mode.counted_by(trace):
             trace.enter("forward")
             inputs = torch.empty(5, 10)  # 200 bytes, saved for the weight's gradient
             logits = layer(inputs)  # 400 bytes, freed once squared and saved

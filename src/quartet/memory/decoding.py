@@ -85,7 +85,7 @@ def _preallocated(trace: MemoryTrace, decoder: Decoder, roles: Roles, workload: 
     group = max(1, min(rows, PREFILL_TOKENS // workload.longest_prompt))
     trace.stage = "setup"
     trace.enter("cache")
-    _prefill(decoder, cache, roles, 1, workload)
+    _prefill(decoder, cache, roles, group, workload)  # shapes that come again: what was found for them is looked up
     _mark(trace, cache)
     trace.stage = "prompts"
     trace.enter("policy embeddings")

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
-from quartet.memory.trace import GRADIENTS, Bytes, MemoryTrace, NotTraceable, at_depth, fake_mode, largest
+from quartet.memory.trace import GRADIENTS, Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.packing import assume_packing
 from quartet.models.plan import SharingPlan
@@ -46,7 +45,7 @@ class _Small:
     """The roles with few layers, to be run in place of all layers."""
 
     roles: Roles
-    mode: Any
+    mode: FakeTensors
     layers: int
     frozen: int
 
@@ -97,7 +96,7 @@ class Simulator:
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
 
         def traced_once() -> MemoryTrace:
-            with _quiet(), small.mode, traced(small.roles) as trace:
+            with _quiet(), traced(small.roles, small.mode) as trace:
                 run(trace, small.roles, choices, self._workload)
             return trace
 
@@ -121,7 +120,7 @@ class Simulator:
         key = (depth, *_what(plan, choices))
         if key not in self._small:
             specs = [replace(spec, frozen_layers=min(spec.frozen_layers, trunk)) for spec in plan.backbones]
-            mode = fake_mode()
+            mode = FakeTensors()
             shallow = replace(plan, backbones=tuple(specs))
             roles = fake_roles(shallow, self._sft, self._reward, choices, depth, mode)
             self._small[key] = _Small(roles, mode, depth, trunk)

@@ -16,7 +16,7 @@ from quartet.distributed import CUTTING, WholeWeights
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.quantized import quantize
 from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
-from quartet.memory.trace import LayerLabels, MemoryTrace, vocabulary_of
+from quartet.memory.trace import FakeTensors, LayerLabels, MemoryTrace, vocabulary_of
 from quartet.models import adapters
 from quartet.models.attention import use_own_attention
 from quartet.models.backbone import Backbone
@@ -77,9 +77,9 @@ class _MarkedHead:
 
 
 def fake_roles(
-    plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, depth: int, mode: Any
+    plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, depth: int, mode: FakeTensors
 ) -> Roles:
-    """The roles as `load_roles` would make them, with `depth` layers, on fake tensors of a `fake_mode()`."""
+    """The roles as `load_roles` would make them, with `depth` layers, on fake tensors of a mode."""
     dtype = torch_dtype(choices.dtype)
     by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
     backbones: dict[str, Backbone] = {}
@@ -117,7 +117,7 @@ def _held(spec: BackboneSpec, choices: Choices) -> torch.dtype:
     return torch.float32 if spec.trainable and choices.engine != "fsdp2" else dtype
 
 
-def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int, mode: Any) -> Backbone:
+def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int, mode: FakeTensors) -> Backbone:
     """The frozen twin of a backbone that trains its top, as `load_roles` copies it."""
     with torch.device("meta"):
         model = empty_model(info, spec.task, depth=depth)
@@ -137,7 +137,7 @@ def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int,
     return Backbone(spec, model, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
 
 
-def _to_fake(model: nn.Module, mode: Any, made: dict[int, Tensor] | None = None) -> None:
+def _to_fake(model: nn.Module, mode: FakeTensors, made: dict[int, Tensor] | None = None) -> None:
     """Put fake CPU tensors in place of a model's meta tensors; what was shared stays shared.
 
     Args:
@@ -187,8 +187,8 @@ def tensors_of(roles: Roles) -> list[Tensor]:
 
 
 @contextmanager
-def traced(roles: Roles) -> Iterator[MemoryTrace]:
-    """A trace over the roles' layers and logit heads."""
+def traced(roles: Roles, mode: FakeTensors) -> Iterator[MemoryTrace]:
+    """A trace over the roles' layers and logit heads; the block runs under `mode`."""
     vocabulary = max(vocabulary_of(model) for model in models_of(roles))
     trace = MemoryTrace(tensors_of(roles), vocabulary=vocabulary)
     labels = LayerLabels(trace)
@@ -199,7 +199,7 @@ def traced(roles: Roles) -> Iterator[MemoryTrace]:
     for view, role in zip(views, ("policy", "reference"), strict=True):
         view.head = _MarkedHead(view.head, trace, role)
     try:
-        with trace:
+        with mode.counted_by(trace):
             yield trace
     finally:
         labels.remove()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +18,9 @@ from quartet.errors import CheckpointError
 
 ACTIVATIONS, GRADIENTS, LOGITS, CACHE = "activations", "gradients", "logits", "kv_cache"
 KINDS = (ACTIVATIONS, GRADIENTS, LOGITS, CACHE)
+_DEVICE = torch.ops.prim.device.default
+_LOOKED_UP = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
+"""Operations that do the same to shapes and storages as others, whose results torch keeps and looks up."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 Bytes = dict[str, float]
 """Bytes by kind of tensor."""
@@ -49,6 +54,7 @@ class MemoryTrace(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._vocabulary = vocabulary
         self._live: dict[int, _Storage] = {}
+        self._ends: dict[int, object] = {}
         self._now: Bytes = dict.fromkeys(KINDS, 0)
         self._label = ""
         self.stage = ""
@@ -73,10 +79,14 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
+        return self.count(func, args, lambda: func(*args, **(kwargs or {})))
+
+    def count(self, func: Any, args: Any, run: Callable[[], Any]) -> Any:
+        """What an operation, which `run` runs, returns; its tensors count from now on."""
         if func.name() == "mkldnn::_reorder_linear_weight":
             result = torch.empty_like(args[0])  # as large in oneDNN's own layout, of which fake tensors know nothing
         else:
-            result = func(*args, **(kwargs or {}))
+            result = run()
         if func.name() in _PRODUCTS and args[0].dtype == torch.bfloat16:
             self.products.add((func.name(), *(tuple(t.shape) for t in args if isinstance(t, Tensor))))
         for tensor in tree_leaves(result):
@@ -92,10 +102,11 @@ class MemoryTrace(TorchDispatchMode):
         kind = LOGITS if tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary else ACTIVATIONS
         self._live[key] = _Storage(storage.nbytes(), kind)
         self._now[kind] += storage.nbytes()
-        weakref.finalize(storage, self._forget, key).atexit = False
+        self._ends[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._see()
 
     def _forget(self, key: int) -> None:
+        del self._ends[key]
         storage = self._live.pop(key, None)
         if storage is not None:
             self._now[storage.kind] -= storage.nbytes
@@ -104,6 +115,45 @@ class MemoryTrace(TorchDispatchMode):
         before = self.peaks.get(self._label)
         if before is None or sum(self._now.values()) > sum(before.values()):
             self.peaks[self._label] = dict(self._now)
+
+
+class FakeTensors(FakeTensorMode):
+    """A mode in which tensors have shape, dtype and device but no data, and which lets a trace count them.
+
+    A trace that is a mode of its own, on top of this one, would count the same and take longer: each operation would be
+    dispatched to Python twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._trace: MemoryTrace | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping it from being compiled takes time at each operation
+
+    @contextmanager
+    def counted_by(self, trace: MemoryTrace) -> Iterator[None]:
+        """Make and compute fake tensors in the block, and have them counted."""
+        with self:
+            self._trace = trace
+            try:
+                yield
+            finally:
+                self._trace = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation on shapes; what it is made of inside does not count, as in a kernel."""
+        if func is _DEVICE:  # more than half of all calls
+            return args[0].fake_device
+        func = _LOOKED_UP.get(func, func)
+        trace, self._trace = self._trace, None
+        try:
+            if trace is None:
+                return self.dispatch(func, types, args, kwargs or {})
+            return trace.count(func, args, lambda: self.dispatch(func, types, args, kwargs or {}))
+        finally:
+            self._trace = trace
 
 
 @dataclass
@@ -167,13 +217,6 @@ def at_depth(small: Mapping[str, Bytes], large: Mapping[str, Bytes], share: floa
 def largest(peaks: Mapping[str, Bytes]) -> tuple[str, Bytes]:
     """The label with most bytes and its bytes."""
     return max(peaks.items(), key=lambda item: sum(item[1].values()))
-
-
-def fake_mode() -> Any:
-    """A mode in which tensors have shape, dtype and device but no data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def vocabulary_of(model: nn.Module) -> int:
