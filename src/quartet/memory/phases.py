@@ -17,6 +17,7 @@ from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
 from quartet.memory.trace import GRADIENTS, Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.gradients import IN_PLACE
 from quartet.models.packing import assume_packing
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
@@ -193,7 +194,8 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         loss = _loss(roles, role, sequences, plain.mask(), workload)
         trace.stage = "backward"
         trace.enter(f"{'policy' if one_pass else role} start")
-        loss.backward()
+        with IN_PLACE.added(choices.engine == "none"):
+            loss.backward()
         del loss
     for handle in handles:
         handle.remove()

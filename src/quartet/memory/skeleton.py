@@ -23,7 +23,7 @@ from quartet.models.backbone import Backbone
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead
-from quartet.models.linears import restore_linears, use_fast_linears
+from quartet.models.linears import Weights, restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
@@ -74,6 +74,11 @@ class _MarkedHead:
     @property
     def trainable(self) -> bool:
         return self._head.trainable
+
+    @property
+    def linear(self) -> Weights | None:
+        self._trace.enter(f"{self._role} logits")
+        return self._head.linear
 
 
 def fake_roles(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from quartet.models.gradients import IN_PLACE
 from quartet.models.linears import (
     FastLinear,
     FastLoraLinear,
@@ -107,7 +108,7 @@ class _GatedDown(torch.autograd.Function):
         by_weight = by_lora_down = by_lora_up = None
         between = (active * up).to(dtype) if needs[3] or low is not None else None
         if between is not None and needs[3]:
-            by_weight = (flat.t() @ between.flatten(0, -2)).to(weight.dtype)
+            by_weight = IN_PLACE.add_product(weight, flat.t(), between.flatten(0, -2))
         if between is not None and low is not None:
             adapter = lora_down.to(dtype), lora_up.to(dtype)
             found = low_rank_gradients(gradient, by_between, between, low, *adapter, ctx.scale)

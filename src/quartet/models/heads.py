@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +15,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from quartet.errors import CheckpointError
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo, TensorInfo, read_tensor
+from quartet.models.gated import weights_of
+from quartet.models.linears import Weights
+
+LINEAR = re.compile(
+    r"\blogits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)(\.contiguous\(\))?\n\s*loss = None\n"
+)
+"""What the forward of a model says whose logits are those of its LM head."""
+
+
+@cache
+def _source(kind: Any) -> str:
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return ""
 
 
 class _PassThrough(nn.Module):
@@ -40,6 +58,15 @@ class LogitHead:
         # `forward`, not a call: hooks on the model (DeepSpeed's) are not meant for its shell.
         logits: Tensor = self._shell.forward(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0)
+
+    @property
+    def linear(self) -> Weights | None:
+        """What the logits are computed from where they are one linear layer's output and nothing else; None where the model's
+        class does more to them, or something waits for the call."""
+        layer = self._shell._modules.get("lm_head")
+        if layer is None or not LINEAR.search(_source(type(self._shell))):
+            return None
+        return weights_of(layer)
 
     @property
     def trainable(self) -> bool:

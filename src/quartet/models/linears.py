@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from quartet.models.embedding import FastEmbedding
+from quartet.models.gradients import IN_PLACE
+
 SMALLEST_SIDE = 64
 """Features below which a call of oneDNN costs more than it saves."""
 SMALLEST_TRANSPOSED = 512
@@ -20,23 +25,25 @@ SMALLEST_TRANSPOSED = 512
 
 
 def use_fast_linears(model: nn.Module) -> None:
-    """Give linear layers and LoRA layers passes of their own.
+    """Give linear layers, embeddings and LoRA layers passes of their own.
 
     What frozen roles compute stays bit for bit what torch and PEFT compute: they stay identical to their checkpoints.
 
-    On processors with AVX-512, float32 products with gradients go through oneDNN: MKL, with which torch multiplies them,
-    leaves the widest vectors of some processors unused. With AVX2 there is nothing to gain (measured: MKL is as fast
-    forward and up to twice as fast backward). A LoRA layer adds its low-rank part inside matrix products, forward and
-    backward, where PEFT takes three more passes over the layer's output.
+    Gradients of trained weights can be added in place (`gradients.py`). On processors with AVX-512 that are not Intel's,
+    float32 products with gradients go through oneDNN: MKL, with which torch multiplies them, leaves their widest vectors
+    unused. On Intel's, and with AVX2, there is nothing to gain (measured: MKL is as fast or faster). A LoRA layer adds its
+    low-rank part inside matrix products, forward and backward, where PEFT takes three more passes over the layer's output.
 
-    Only plain layers change (class `Linear` of torch, `Linear` of PEFT); GPT-2's Conv1D, quantized layers and LoRA
-    variants stay as they are, and so does every layer whose forward another library has replaced.
+    Only plain layers change (class `Linear` and `Embedding` of torch, `Linear` of PEFT); GPT-2's Conv1D, quantized layers
+    and LoRA variants stay as they are, and so does every layer whose forward another library has replaced.
     """
     for module in model.modules():
         if is_replaced(module):
             continue
         if type(module) is nn.Linear and _is_plain(module.weight):
             _change(module, FastLinear)
+        elif type(module) is nn.Embedding and _is_plain(module.weight):
+            _change(module, FastEmbedding)
         elif type(module) is LoraLinear and isinstance(module.base_layer, nn.Linear):
             _change(module, FastLoraLinear)
 
@@ -46,6 +53,8 @@ def restore_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FastLinear:
             _change(module, nn.Linear)
+        elif type(module) is FastEmbedding:
+            _change(module, nn.Embedding)
         elif type(module) is FastLoraLinear:
             _change(module, LoraLinear)
 
@@ -62,7 +71,15 @@ def _change(module: nn.Module, kind: type[nn.Module]) -> None:
 
 @cache
 def _widest_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """Whether the processor has vectors that MKL leaves unused."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "Intel" in platform.processor()
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -95,7 +112,8 @@ class Weights:
 
 
 class FastLinear(nn.Linear):
-    """`nn.Linear`, with gradients in float32 through oneDNN where that is faster; anything else as it was."""
+    """`nn.Linear`, on the CPU with a gradient that can be added in place, and with products in float32 through oneDNN where
+    that is faster; anything else as it was."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`x W^T + b`."""
@@ -151,9 +169,11 @@ class FastLoraLinear(LoraLinear):
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, in float32 through oneDNN where that is faster."""
-    if states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu"):
-        apply: Callable[..., Tensor] = _Float32.apply
+    """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN where that is faster."""
+    trained = weight.requires_grad and weight.device.type == "cpu" and _is_plain(weight)
+    wide = states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu")
+    if trained or wide:
+        apply: Callable[..., Tensor] = _Linear.apply
         return apply(states, weight, bias)
     return nn.functional.linear(states, weight, bias)
 
@@ -172,22 +192,26 @@ def lora_linear(states: Tensor, weight: Tensor, bias: Tensor | None, down: Tenso
     return apply(states, weight, bias, down, up, scale)
 
 
-class _Float32(torch.autograd.Function):
-    """A float32 linear layer; the gradient of the weight is left to MKL, which is as fast there."""
+class _Linear(torch.autograd.Function):
+    """A linear layer; the gradient of the weight is left to torch, which takes MKL in float32: as fast there."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(states if weight.requires_grad else None, weight)
-        return product(states, weight, bias)
+        dtype = computed_in(states)
+        ctx.states_dtype = states.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        states, converted = states.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(states if weight.requires_grad else None, weight, converted)
+        return product(states, converted, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
-        by_states = by_transposed(gradient, weight) if ctx.needs_input_grad[0] else None
+        states, weight, converted = ctx.saved_tensors
+        by_states = by_transposed(gradient, converted).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
         flat = gradient.flatten(0, -2)
-        by_weight = flat.t() @ states.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return by_states, by_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+        by_weight = IN_PLACE.add_product(weight, flat.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return by_states, by_weight, flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
 
 class _Lora(torch.autograd.Function):

@@ -13,6 +13,8 @@ from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.layout import Layout
+from quartet.models.linear_head import linear_logprobs
+from quartet.models.linears import Weights
 from quartet.models.plan import Role, SharingPlan
 from quartet.models.residency import Residency
 from quartet.ops.logprobs import chunked_logprobs
@@ -78,21 +80,39 @@ class LanguageView(nn.Module):
         sequences = layout.sequences
         row, step = sequences.places(mask)
         selected = hidden[layout.before(row, step)]
+        tokens = sequences.response_tokens(row, step)
         with self.backbone.role(self.adapter), self.backbone.weights.head():
-            logprobs, entropy = chunked_logprobs(
-                selected,
-                self.head,
-                sequences.response_tokens(row, step),
-                temperature=temperature,
-                chunk_tokens=CHUNK_TOKENS,
-                with_entropy=with_entropy,
-                head_trainable=self.head.trainable and torch.is_grad_enabled(),
-                entropy_grad=entropy_grad,
-            )
+            trained = self.head.trainable and torch.is_grad_enabled()
+            linear = self._linear_head() if trained else None
+            if linear is not None:
+                logprobs, entropy = linear_logprobs(
+                    selected,
+                    linear,
+                    tokens,
+                    temperature=temperature,
+                    with_entropy=with_entropy,
+                    entropy_grad=entropy_grad,
+                )
+            else:
+                logprobs, entropy = chunked_logprobs(
+                    selected,
+                    self.head,
+                    tokens,
+                    temperature=temperature,
+                    chunk_tokens=CHUNK_TOKENS,
+                    with_entropy=with_entropy,
+                    head_trainable=trained,
+                    entropy_grad=entropy_grad,
+                )
         zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         placed = [None if flat is None else zeros.index_put((row, step), flat) for flat in (logprobs, entropy)]
         assert placed[0] is not None
         return placed[0], placed[1]
+
+    def _linear_head(self) -> Weights | None:
+        """The head's weights, where taking it apart pays: on the CPU (elsewhere unmeasured), and where it is one layer."""
+        here = self.backbone.weights.are_whole and self.backbone.device.type == "cpu"
+        return self.head.linear if here else None
 
 
 class ScalarView(nn.Module):

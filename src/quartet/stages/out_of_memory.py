@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 
 
@@ -17,6 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Give cached blocks back, so that a smaller pass finds them whole."""
     LENDER.forget()
+    IN_PLACE.forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

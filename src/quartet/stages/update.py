@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quartet.config import PPOConfig
 from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
+from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
 from quartet.records import Advantaged, Sequences, UpdateStats
@@ -55,9 +56,9 @@ class Updater:
         self._with_entropy = True
         # Several processes cannot repeat what one of them failed at, nor can engines that hold shares of the gradients.
         self._alone = engine.world_size == 1 and not engine.shares_state
+        self._in_place = engine.name == "none"  # the others wait for what autograd brings
         self._say = say
 
-    @LENDER.keeping()
     def update(self, batch: Advantaged, *, iteration: int, bad_steps: int = 0) -> UpdateStats:
         """`epochs` passes over the batch.
 
@@ -70,6 +71,10 @@ class Updater:
             TrainingError: `ppo.max_bad_steps` in a row were not taken, or a single sequence needs more memory than there
                 is; the weights are as they were after the last good step.
         """
+        with LENDER.keeping(), IN_PLACE.added(self._in_place):
+            return self._update(batch, iteration, bad_steps)
+
+    def _update(self, batch: Advantaged, iteration: int, bad_steps: int) -> UpdateStats:
         ppo, table = self._ppo, SequenceTable.of(batch.scored.rollout)
         sums, guard = UpdateSums(), BadSteps(ppo.max_bad_steps, bad_steps)
         count = len(table) // ppo.minibatches
@@ -140,8 +145,12 @@ class Updater:
         chosen = table.on_device(rows)
         policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
         sums, parts, losses = UpdateSums(), [], []
-        self._optimizer.zero_grad(set_to_none=True)
         batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone))
+        if self._in_place:
+            # Of several microbatches the last has all gradients and its activations in memory anyway.
+            IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
         for number, (part, plain) in enumerate(batches, start=1):
             sequences = with_trunks(plain, scored.trunks, part)
             row_loss = torch.zeros(len(part), device=part.device)

@@ -1,0 +1,105 @@
+"""Gradients of weights, added to where they lie.
+
+Autograd makes the gradient of every weight anew for each microbatch and adds it to what is there in a pass of its own; of a
+weight that is used twice, such as tied embeddings, it makes two and adds them into a third. Fresh memory of that size costs
+more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientsInPlace:
+    """Where passes add to the gradients of weights themselves; off unless asked for.
+
+    Nothing may wait for gradients to come from autograd then: it is given None in their place.
+    """
+
+    def __init__(self) -> None:
+        self._on = False
+        self._spare: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def added(self, wanted: bool = True) -> Iterator[None]:
+        """Add in place in the block, if wanted."""
+        before, self._on = self._on, wanted
+        try:
+            yield
+        finally:
+            self._on = before
+            if not before:
+                self._spare.clear()
+
+    def reset(self, parameters: Iterable[nn.Parameter], *, reuse: bool) -> None:
+        """Leave the parameters without a gradient.
+
+        Args:
+            reuse: let the next gradients have the memory of these; it is not free until then.
+        """
+        self._spare.clear()
+        for parameter in parameters:
+            if reuse and self._on and parameter.grad is not None:
+                self._spare[parameter] = parameter.grad
+            parameter.grad = None
+
+    def forget(self) -> None:
+        """Free what is kept for the next gradients."""
+        self._spare.clear()
+
+    def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
+        """Where the gradient of a weight is to be added, and whether anything is there yet: if not, what the memory holds is
+        to be overwritten. None where the gradient goes through autograd. Call `is_there` when it is added."""
+        if not self._on or not weight.is_leaf or weight._backward_hooks:
+            return None
+        if weight.grad is not None:
+            return weight.grad, True
+        spare = self._spare.pop(weight, None)
+        weight.grad = torch.empty_like(weight) if spare is None else spare
+        return weight.grad, False
+
+    def is_there(self, weight: Tensor) -> None:
+        """Tell those who wait for the gradient, as autograd would."""
+        for hook in (weight._post_accumulate_grad_hooks or {}).values():
+            hook(weight)
+
+    def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        """Add `left @ right` to a weight's gradient; it is returned instead where it goes through autograd."""
+        place = self.place(weight)
+        if place is None:
+            return (left @ right).to(weight.dtype)
+        gradient, filled = place
+        if left.dtype != gradient.dtype:
+            part = left @ right
+            gradient.add_(part) if filled else gradient.copy_(part)
+        elif filled:
+            gradient.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=gradient)
+        self.is_there(weight)
+        return None
+
+    def add_rows(self, weight: Tensor, rows: Tensor, parts: Tensor) -> Tensor | None:
+        """Add to some rows of a weight's gradient, to the same one several times where it is named so.
+
+        Args:
+            rows: int64 `[n]`.
+            parts: `[n, features]`.
+        """
+        place = self.place(weight)
+        if place is None:
+            return torch.zeros_like(weight).index_add_(0, rows, parts.to(weight.dtype))
+        gradient, filled = place
+        if not filled:
+            gradient.zero_()
+        gradient.index_add_(0, rows, parts.to(weight.dtype))
+        self.is_there(weight)
+        return None
+
+
+IN_PLACE = GradientsInPlace()
+"""Of this process: gradients are taken by one thread at a time."""
