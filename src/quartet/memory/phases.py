@@ -97,7 +97,7 @@ class Simulator:
         run = {"rollout": decoding, "scoring": _scoring, "update": _update}[phase]
 
         def traced_once() -> MemoryTrace:
-            with _quiet(), traced(small.roles, small.mode) as trace:
+            with _quiet(), traced(small.roles, small.mode, choices.device) as trace:
                 run(trace, small.roles, choices, self._workload)
             return trace
 
@@ -188,15 +188,15 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     sequences = replace(plain, trunks=_trunk_blocks(roles, rows, workload.longest))
     one_pass = roles.trained.one_pass or choices.engine in TOGETHER
-    for role in ("both",) if one_pass else ("policy", "value"):
-        trace.stage = "forward"
-        trace.enter(f"{'policy' if one_pass else role} embeddings")
-        loss = _loss(roles, role, sequences, plain.mask(), workload)
-        trace.stage = "backward"
-        trace.enter(f"{'policy' if one_pass else role} start")
-        with IN_PLACE.added(choices.engine == "none"):
+    with IN_PLACE.added(choices.engine == "none" and choices.device == "cpu"):
+        for role in ("both",) if one_pass else ("policy", "value"):
+            trace.stage = "forward"
+            trace.enter(f"{'policy' if one_pass else role} embeddings")
+            loss = _loss(roles, role, sequences, plain.mask(), workload)
+            trace.stage = "backward"
+            trace.enter(f"{'policy' if one_pass else role} start")
             loss.backward()
-        del loss
+            del loss
     for handle in handles:
         handle.remove()
 

@@ -62,10 +62,10 @@ class PlannedSequences(Sequences):
 
 
 class _MarkedHead:
-    """A logit head that tells the trace when it runs."""
+    """A logit head that tells the trace when it runs; on the CPU it is taken apart as it is in a run."""
 
-    def __init__(self, head: LogitHead, trace: MemoryTrace, role: str) -> None:
-        self._head, self._trace, self._role = head, trace, role
+    def __init__(self, head: LogitHead, trace: MemoryTrace, role: str, *, on_cpu: bool) -> None:
+        self._head, self._trace, self._role, self._on_cpu = head, trace, role, on_cpu
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._trace.enter(f"{self._role} logits")
@@ -78,7 +78,7 @@ class _MarkedHead:
     @property
     def linear(self) -> Weights | None:
         self._trace.enter(f"{self._role} logits")
-        return self._head.linear
+        return self._head.linear if self._on_cpu else None
 
 
 def fake_roles(
@@ -192,8 +192,8 @@ def tensors_of(roles: Roles) -> list[Tensor]:
 
 
 @contextmanager
-def traced(roles: Roles, mode: FakeTensors) -> Iterator[MemoryTrace]:
-    """A trace over the roles' layers and logit heads; the block runs under `mode`."""
+def traced(roles: Roles, mode: FakeTensors, device: str) -> Iterator[MemoryTrace]:
+    """A trace over the roles' layers and logit heads; the block runs under `mode`, in place of a device of this kind."""
     vocabulary = max(vocabulary_of(model) for model in models_of(roles))
     trace = MemoryTrace(tensors_of(roles), vocabulary=vocabulary)
     labels = LayerLabels(trace)
@@ -202,7 +202,7 @@ def traced(roles: Roles, mode: FakeTensors) -> Iterator[MemoryTrace]:
     views: list[Any] = [roles.policy, roles.reference]
     heads = [view.head for view in views]
     for view, role in zip(views, ("policy", "reference"), strict=True):
-        view.head = _MarkedHead(view.head, trace, role)
+        view.head = _MarkedHead(view.head, trace, role, on_cpu=device == "cpu")
     try:
         with mode.counted_by(trace):
             yield trace

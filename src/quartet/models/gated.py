@@ -88,7 +88,7 @@ class _GatedDown(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         dtype = computed_in(gate)
-        ctx.activation, ctx.scale, ctx.dtype = activation, scale, dtype
+        ctx.activation, ctx.scale, ctx.dtype, ctx.weight = activation, scale, dtype, weight
         between = multiplied(activation, gate, up).to(dtype)
         result = product(between, weight.to(dtype), None if bias is None else bias.to(dtype))
         low = None
@@ -108,7 +108,7 @@ class _GatedDown(torch.autograd.Function):
         by_weight = by_lora_down = by_lora_up = None
         between = (active * up).to(dtype) if needs[3] or low is not None else None
         if between is not None and needs[3]:
-            by_weight = IN_PLACE.add_product(weight, flat.t(), between.flatten(0, -2))
+            by_weight = IN_PLACE.add_product(ctx.weight, flat.t(), between.flatten(0, -2))
         if between is not None and low is not None:
             adapter = lora_down.to(dtype), lora_up.to(dtype)
             found = low_rank_gradients(gradient, by_between, between, low, *adapter, ctx.scale)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class GradientsInPlace:
     """Where passes add to the gradients of weights themselves; off unless asked for.
 
-    Nothing may wait for gradients to come from autograd then: it is given None in their place.
+    Autograd is given None in their place, and tells those who wait for a gradient that it is there.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,15 @@ class GradientsInPlace:
         """Free what is kept for the next gradients."""
         self._spare.clear()
 
+    def takes(self, weight: Tensor) -> bool:
+        """Whether the gradient of a weight is to be added in place. Ask for the weight itself: what a backward pass finds
+        among its saved tensors may be a copy."""
+        return self._on and weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks
+
     def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
         """Where the gradient of a weight is to be added, and whether anything is there yet: if not, what the memory holds is
-        to be overwritten. None where the gradient goes through autograd. Call `is_there` when it is added."""
-        if not self._on or not weight.is_leaf or weight._backward_hooks:
+        to be overwritten. None where the gradient goes through autograd."""
+        if not self.takes(weight):
             return None
         if weight.grad is not None:
             return weight.grad, True
@@ -62,16 +67,11 @@ class GradientsInPlace:
         weight.grad = torch.empty_like(weight) if spare is None else spare
         return weight.grad, False
 
-    def is_there(self, weight: Tensor) -> None:
-        """Tell those who wait for the gradient, as autograd would."""
-        for hook in (weight._post_accumulate_grad_hooks or {}).values():
-            hook(weight)
-
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-        """Add `left @ right` to a weight's gradient; it is returned instead where it goes through autograd."""
+        """Add `left @ right` to a weight's gradient; where it goes through autograd, which converts it, it is returned."""
         place = self.place(weight)
         if place is None:
-            return (left @ right).to(weight.dtype)
+            return left @ right
         gradient, filled = place
         if left.dtype != gradient.dtype:
             part = left @ right
@@ -80,7 +80,6 @@ class GradientsInPlace:
             gradient.addmm_(left, right)
         else:
             torch.mm(left, right, out=gradient)
-        self.is_there(weight)
         return None
 
     def add_rows(self, weight: Tensor, rows: Tensor, parts: Tensor) -> Tensor | None:
@@ -97,7 +96,6 @@ class GradientsInPlace:
         if not filled:
             gradient.zero_()
         gradient.index_add_(0, rows, parts.to(weight.dtype))
-        self.is_there(weight)
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,11 +26,11 @@ LINEAR = re.compile(
 
 
 @cache
-def _source(kind: Any) -> str:
+def _is_linear(forward: Callable[..., Any]) -> bool:
     try:
-        return inspect.getsource(kind.forward)
+        return LINEAR.search(inspect.getsource(forward)) is not None
     except (OSError, TypeError):
-        return ""
+        return False
 
 
 class _PassThrough(nn.Module):
@@ -47,7 +48,7 @@ class LogitHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        shell = copy.copy(model)
+        shell: Any = copy.copy(model)
         shell._modules = dict(model._modules)
         shell._modules[model.base_model_prefix] = _PassThrough()
         self._shell = shell
@@ -64,7 +65,7 @@ class LogitHead:
         """What the logits are computed from where they are one linear layer's output and nothing else; None where the model's
         class does more to them, or something waits for the call."""
         layer = self._shell._modules.get("lm_head")
-        if layer is None or not LINEAR.search(_source(type(self._shell))):
+        if layer is None or not _is_linear(self._shell.forward.__func__):
             return None
         return weights_of(layer)
 

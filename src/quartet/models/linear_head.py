@@ -93,7 +93,8 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         states = hidden.to(computed_in(hidden))
         blocks = _Blocks(states, weight, bias, tokens)
-        top = states.new_full((len(states),), -torch.inf, dtype=blocks.wide)
+        lowest = torch.finfo(blocks.wide).min
+        top = states.new_full((len(states),), lowest, dtype=blocks.wide)
         chosen, total, weighted = (torch.zeros_like(top) for _ in range(3))
         for _, _, tiles in blocks:
             for rows, logits, place, inside in tiles:
@@ -103,13 +104,11 @@ class _LinearLogprobs(torch.autograd.Function):
                 shifted = torch.sub(logits, top[rows, None], out=blocks.room(logits))
                 if temperature != 1.0:
                     shifted.div_(temperature)
-                # Nothing came before the first block, which is no -inf times 0.
-                lower = ((before - top[rows]) / temperature).clamp_(min=torch.finfo(blocks.wide).min)
+                lower = ((before - top[rows]) / temperature).clamp_(min=lowest)  # 0 times -inf would be NaN
                 shrunk = lower.exp()
                 if with_entropy:
                     weighted[rows] = shrunk * (weighted[rows] + total[rows] * lower)
-                    # A logit of -inf has probability 0, and 0 times -inf would be NaN.
-                    shifted.clamp_(min=torch.finfo(blocks.wide).min)
+                    shifted.clamp_(min=lowest)  # a logit of -inf has probability 0
                     exponentials = torch.exp(shifted, out=blocks.room(logits, 1))
                     weighted[rows] += shifted.mul_(exponentials).sum(1)
                 else:
@@ -119,7 +118,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs = (chosen - top) / temperature - log_total
         entropy = log_total - weighted / total if with_entropy else logprobs.new_empty(0)
         ctx.save_for_backward(states, weight, bias, tokens, top / temperature + log_total, entropy)
-        ctx.temperature, ctx.dtype = temperature, hidden.dtype
+        ctx.weight, ctx.temperature, ctx.dtype = weight, temperature, hidden.dtype
         ctx.set_materialize_grads(False)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -135,7 +134,7 @@ class _LinearLogprobs(torch.autograd.Function):
         blocks = _Blocks(states, weight, bias, tokens)
         by_states = states.new_zeros(states.shape, dtype=blocks.wide)
         by_bias = None if bias is None else torch.zeros_like(bias)
-        place = IN_PLACE.place(weight)
+        place = IN_PLACE.place(ctx.weight)
         by_weight, filled = (torch.empty_like(weight), False) if place is None else place
         if not len(states) and not filled:
             by_weight.zero_()
@@ -161,6 +160,4 @@ class _LinearLogprobs(torch.autograd.Function):
                 into.add_(by_part) if filled or rows.start else into.copy_(by_part)
                 if by_bias is not None:
                     by_bias[columns] += slope.sum(0)
-        if place is not None:
-            IN_PLACE.is_there(weight)
         return by_states.to(ctx.dtype), None if place is not None else by_weight, by_bias, None, None, None, None

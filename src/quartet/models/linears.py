@@ -112,8 +112,8 @@ class Weights:
 
 
 class FastLinear(nn.Linear):
-    """`nn.Linear`, on the CPU with a gradient that can be added in place, and with products in float32 through oneDNN where
-    that is faster; anything else as it was."""
+    """`nn.Linear`, with a gradient that is added in place where that is asked for, and with products in float32 through oneDNN
+    where that is faster; anything else as it was."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`x W^T + b`."""
@@ -170,7 +170,7 @@ class FastLoraLinear(LoraLinear):
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN where that is faster."""
-    trained = weight.requires_grad and weight.device.type == "cpu" and _is_plain(weight)
+    trained = weight.requires_grad and IN_PLACE.takes(weight)
     wide = states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu")
     if trained or wide:
         apply: Callable[..., Tensor] = _Linear.apply
@@ -198,19 +198,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = computed_in(states)
-        ctx.states_dtype = states.dtype
+        ctx.weight, ctx.states_dtype = weight, states.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         states, converted = states.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(states if weight.requires_grad else None, weight, converted)
+        ctx.save_for_backward(states if weight.requires_grad else None, converted)
         return product(states, converted, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states, weight, converted = ctx.saved_tensors
-        by_states = by_transposed(gradient, converted).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
+        states, weight = ctx.saved_tensors
+        by_states = by_transposed(gradient, weight).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
         flat = gradient.flatten(0, -2)
-        by_weight = IN_PLACE.add_product(weight, flat.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        by_weight = (
+            IN_PLACE.add_product(ctx.weight, flat.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        )
         return by_states, by_weight, flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
 
