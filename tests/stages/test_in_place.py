@@ -1,0 +1,65 @@
+"""An update that adds its gradients in place moves the weights as one that leaves them to autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import Pipeline
+from quartet.models.gradients import IN_PLACE
+from quartet.stages.out_of_memory import release_memory
+from stages_batch import batch_of
+from tiny import TinyRun
+
+SEVERAL: dict[str, Any] = {"rollout.batch_size": 8, "ppo.epochs": 2, "ppo.minibatches": 2, "ppo.microbatch_rows": 2}
+
+
+def moved(values: dict[str, Any]) -> dict[str, Tensor]:
+    """Trained weights after an update of two epochs."""
+    pipeline = Pipeline(values)
+    pipeline.update(batch_of(pipeline))
+    roles = pipeline.roles
+    found = {}
+    for role in ("policy", "value"):
+        found |= {f"{role} {name}": p.detach().clone() for name, p in roles.trained_parameters(role)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"ppo.microbatch_rows": 4}),
+        ("llama", {"models.gradient_checkpointing": True}),
+        ("llama", {"models.value_model": "trunk", "models.value_head_init": "zero", "ppo.entropy_coef": 0.1}),
+        ("qwen2", {"models.freeze_layers": 1}),
+        ("gpt2", {}),
+        ("gemma2", {}),
+    ],
+)
+def test_the_weights_move_alike(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+) -> None:
+    values = tiny_run(family, **{**SEVERAL, **changes})
+    taken = []
+    takes = IN_PLACE.takes
+    with monkeypatch.context() as patch:
+        patch.setattr(IN_PLACE, "takes", lambda weight: takes(weight) and not taken.append(weight))  # type: ignore[func-returns-value]
+        in_place = moved(values)
+    assert taken
+    monkeypatch.setattr(IN_PLACE, "takes", lambda _: False)
+    by_autograd = moved(values)
+    torch.testing.assert_close(in_place, by_autograd, rtol=1e-5, atol=1e-7)
+
+
+def test_memory_of_gradients_is_given_up_where_it_runs_out() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    with IN_PLACE.added():
+        parameter.grad = torch.ones(3)
+        IN_PLACE.reset([parameter], reuse=True)
+        assert IN_PLACE._spare
+        release_memory()
+        assert not IN_PLACE._spare
