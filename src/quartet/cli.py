@@ -171,11 +171,12 @@ def _uncompiled() -> Iterator[None]:
     if not hasattr(compiler, "set_default_backend"):  # older than torch 2.12
         yield
         return
+    before = compiler.get_default_backend()
     compiler.set_default_backend("eager")
     try:
         yield
     finally:
-        compiler.set_default_backend(None)
+        compiler.set_default_backend(before)
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoints import write_model
 from pipeline import Pipeline
-from quartet.models.cache import mappable
+from quartet.models.cache import largest_to_convert, mappable
 from quartet.models.checkpoint_info import read_checkpoint, read_headers
 
 
@@ -45,6 +45,17 @@ def test_converted_once_and_again_when_the_file_changes(tmp_path: Path) -> None:
     assert (Path(first) / "model.safetensors").stat().st_mtime_ns == stamp
     write_model(source, "gpt2", seed=2)
     assert mappable(read_checkpoint(str(source), "sft"), torch.bfloat16) != first
+
+
+def test_what_is_still_to_be_converted(library: Any) -> None:
+    """A tensor at a time, the largest of which decides what that takes."""
+    source = library.path("llama", "sft")
+    info = read_checkpoint(str(source), "sft")
+    largest = max(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert largest_to_convert(info, torch.float32) == 0
+    assert largest_to_convert(info, torch.bfloat16) == 2 * largest
+    mappable(info, torch.bfloat16)
+    assert largest_to_convert(info, torch.bfloat16) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's view of a process")

@@ -94,6 +94,8 @@ def test_the_next_minibatch_has_their_memory_and_not_their_numbers() -> None:
     places = {name: p.grad.data_ptr() for name, p in model.named_parameters() if p.grad is not None}
     IN_PLACE.reset(model.parameters(), reuse=True)
     assert taken(model) == {}
+    # What autograd brought (the bias) is free: nobody would take its memory.
+    assert set(IN_PLACE._spare) == {model.embedding.weight, model.second.weight, model.inner.weight}
     for tokens in BATCHES:
         model(tokens).backward()
     for name in ("embedding.weight", "second.weight", "inner.weight"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from checkpoints import FAMILIES
 from pipeline import Pipeline
-from quartet.models import linear_head
+from quartet.models import heads, linear_head
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linear_head import linear_logprobs
 from quartet.models.linears import Weights
@@ -113,6 +113,79 @@ def test_in_place_it_adds_to_the_gradient_that_is_there() -> None:
         linear_logprobs(hidden, head, tokens, **wanted)[0].sum().backward()
     assert head.weight.grad is first
     torch.testing.assert_close(head.weight.grad, 2 * by_weight)
+
+
+class Plain(nn.Module):
+    """A forward as most families write it."""
+
+    def forward(self, ids: Tensor) -> Any:
+        outputs: Any = self.model(ids)
+        hidden_states = outputs.last_hidden_state
+        hidden_states = hidden_states[:, slice_indices, :]  # type: ignore[name-defined] # noqa: F821
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        return logits, loss
+
+
+class ScaledBefore(nn.Module):
+    """As MiniCPM3."""
+
+    def forward(self, ids: Tensor) -> Any:
+        outputs: Any = self.model(ids)
+        hidden_states = outputs.last_hidden_state
+        hidden_states = hidden_states / self.config.logits_scaling
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        return logits, loss
+
+
+class ScaledInPlace(nn.Module):
+    """The same in other words."""
+
+    def forward(self, ids: Tensor) -> Any:
+        outputs: Any = self.model(ids)
+        hidden_states = outputs[0]
+        hidden_states *= 2
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        return logits, loss
+
+
+class ScaledAfter(nn.Module):
+    """As Cohere and Granite."""
+
+    def forward(self, ids: Tensor) -> Any:
+        outputs: Any = self.model(ids)
+        hidden_states = outputs[0]
+        logits = self.lm_head(hidden_states)
+        logits = logits * self.logit_scale
+
+        loss = None
+        return logits, loss
+
+
+@pytest.mark.parametrize("kind", [Plain, ScaledBefore, ScaledInPlace, ScaledAfter])
+def test_what_happens_to_states_and_logits_is_read_in_the_source(kind: Any) -> None:
+    assert heads._is_linear(kind.forward) is (kind is Plain)
+    assert not heads._is_linear(None)
+
+
+@pytest.mark.parametrize("bias", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+def test_impossible_tokens_leave_gradients_finite(bias: float) -> None:
+    hidden, head, tokens = make(6, bias=True, dtype=torch.float32)
+    tokens = tokens.clamp(min=8)
+    assert head.bias is not None
+    with torch.no_grad():
+        head.bias[:8] = bias
+    logprobs, entropies = linear_logprobs(hidden, head, tokens, temperature=0.5, with_entropy=True, entropy_grad=True)
+    assert entropies is not None
+    found = torch.autograd.grad(logprobs.sum() + 10 * entropies.sum(), (hidden, head.weight))
+    possible = nn.functional.linear(hidden.double(), head.weight.double()[8:], head.bias.double()[8:])
+    plain = token_logprobs(possible, tokens - 8, 0.5).sum() + 10 * entropy(possible, 0.5).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(plain, (hidden, head.weight)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,9 +56,9 @@ def test_the_weights_move_alike(
 
 
 def test_memory_of_gradients_is_given_up_where_it_runs_out() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter = torch.nn.Parameter(torch.zeros(3, 2))
     with IN_PLACE.added():
-        parameter.grad = torch.ones(3)
+        IN_PLACE.add_product(parameter, torch.ones(3, 1), torch.ones(1, 2))
         IN_PLACE.reset([parameter], reuse=True)
         assert IN_PLACE._spare
         release_memory()

@@ -13,7 +13,7 @@ from quartet.distributed import CUTTING, gathers_for_rollout
 from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
-from quartet.memory.libraries import KERNEL, KERNELS, libraries_at_load, libraries_in_phases
+from quartet.memory.libraries import KERNEL, KERNELS, converting, libraries_at_load, libraries_in_phases
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -98,7 +98,8 @@ class Estimator:
         extra = loading_bytes(choices, trained, after_load - trained, tensors, cuda=not on_cpu)
         shapes = [self._shape(spec.task, 0) for spec in plan.backbones]
         adapters = [self._adapter(spec, a.name, choices) for spec in plan.backbones for a in spec.adapters]
-        libraries = libraries_at_load(plan, roles, shapes, adapters, choices.quantization) if on_cpu else 0
+        more = converting(plan, choices, self._info) if on_cpu else 0
+        libraries = libraries_at_load(plan, roles, shapes, adapters, choices.quantization, more) if on_cpu else 0
         load = PhaseBytes("load", after_load, 0, 0, 0, 0, 0, 0, extra, libraries, "weights")
         kept = libraries_in_phases(choices.engine, choices.quantization) if on_cpu else 0
         return Ledger(tuple(backbone for backbone, _ in weights), roles, heads, kept, load)
@@ -126,8 +127,7 @@ class Estimator:
         )
 
     def _kernels(self, plan: SharingPlan, choices: Choices) -> float:
-        """Kernels that the phases leave compiled: each batch of a phase is as wide as its longest sequence, so that its
-        products have shapes of their own."""
+        """Kernels that the phases leave compiled: each batch has a width of its own, and so have its products' shapes."""
         if self.device.type != "cpu" or choices.dtype != "bfloat16":
             return 0
         shape, rows = self._shape("language_model", 0), self.workload.process_rows(choices.world_size)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from quartet.distributed import CUTTING
 from quartet.memory.adapter_sizes import TensorSizes
+from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.figures import RoleBytes
 from quartet.memory.shapes import BackboneShape
-from quartet.models.plan import SharingPlan
+from quartet.models.cache import largest_to_convert
+from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.plan import BackboneSpec, SharingPlan
 
 LIBRARIES = 24 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
@@ -42,11 +46,13 @@ def libraries_at_load(
     shapes: Sequence[BackboneShape],
     adapters: Sequence[TensorSizes],
     quantization: str | None,
+    converting: float,
 ) -> float:
     """Bytes at the peak of loading beside weights and adapters: an adapter's file is read beside the adapter that it fills.
 
     Args:
         shapes, adapters: of all backbones, and of all adapters on them.
+        converting: while frozen checkpoints are converted, which happens among the loading of the others.
     """
     specs = [adapter for spec in plan.backbones for adapter in spec.adapters]
     read = {adapter.name for adapter in specs if adapter.source is not None}
@@ -58,7 +64,17 @@ def libraries_at_load(
     if quantization is not None:
         layer = max((math.prod(shape.tensors[name]) for shape in shapes for name in shape.linear), default=0)
         quantizing = layer * QUANTIZING.get(quantization, 0.0)
-    return AT_LOAD + ADAPTERS_AT_LOAD * bool(specs) + objects + max(largest, quantizing)
+    imported = AT_LOAD + ADAPTERS_AT_LOAD * bool(specs)
+    return imported + max(objects + max(largest, quantizing), converting)
+
+
+def converting(plan: SharingPlan, choices: Choices, info_of: Callable[[BackboneSpec], CheckpointInfo]) -> int:
+    """Bytes on a CPU while frozen checkpoints are converted, one tensor after the other; 0 where the cache has their copies."""
+    if choices.quantization is not None or choices.engine in CUTTING:
+        return 0
+    frozen = [spec for spec in plan.backbones if not spec.trainable and spec.top_of is None]
+    dtype = torch_dtype(choices.dtype)
+    return max((largest_to_convert(info_of(spec), dtype) for spec in frozen), default=0)
 
 
 def libraries_in_phases(engine: str, quantization: str | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -45,13 +46,33 @@ def mappable(info: CheckpointInfo, dtype: torch.dtype) -> str:
     Raises:
         CheckpointError: the copy cannot be written.
     """
-    wanted = NAMES[dtype]
-    if info.trust_remote_code or all(t.dtype == wanted or t.dtype not in FLOATS for t in info.tensors.values()):
+    if _is_in(info, dtype):
         return info.base
-    target = cache_folder() / "converted" / f"{_key(info)}-{wanted.lower()}"
+    target = _copy(info, dtype)
     if not (target / "config.json").is_file():
-        _convert(info, wanted, target)
+        _convert(info, NAMES[dtype], target)
     return str(target)
+
+
+def largest_to_convert(info: CheckpointInfo, dtype: torch.dtype) -> int:
+    """Bytes of the largest tensor that `mappable` would convert now; 0 where it would convert none."""
+    if _is_in(info, dtype):
+        return 0
+    try:
+        if (_copy(info, dtype) / "config.json").is_file():
+            return 0
+    except OSError:  # the files are still to come from the Hub
+        pass
+    return max(math.prod(t.shape) for t in info.tensors.values()) * dtype.itemsize
+
+
+def _is_in(info: CheckpointInfo, dtype: torch.dtype) -> bool:
+    wanted = NAMES[dtype]
+    return info.trust_remote_code or all(t.dtype == wanted or t.dtype not in FLOATS for t in info.tensors.values())
+
+
+def _copy(info: CheckpointInfo, dtype: torch.dtype) -> Path:
+    return cache_folder() / "converted" / f"{_key(info)}-{NAMES[dtype].lower()}"
 
 
 def _key(info: CheckpointInfo) -> str:

@@ -22,6 +22,7 @@ class GradientsInPlace:
 
     def __init__(self) -> None:
         self._on = False
+        self._placed: set[Tensor] = set()
         self._spare: dict[Tensor, Tensor] = {}
 
     @contextmanager
@@ -33,19 +34,21 @@ class GradientsInPlace:
         finally:
             self._on = before
             if not before:
+                self._placed.clear()
                 self._spare.clear()
 
     def reset(self, parameters: Iterable[nn.Parameter], *, reuse: bool) -> None:
         """Leave the parameters without a gradient.
 
         Args:
-            reuse: let the next gradients have the memory of these; it is not free until then.
+            reuse: let the next gradients have the memory of those that were added in place; it is not free until then.
         """
         self._spare.clear()
         for parameter in parameters:
-            if reuse and self._on and parameter.grad is not None:
+            if reuse and parameter in self._placed and parameter.grad is not None:
                 self._spare[parameter] = parameter.grad
             parameter.grad = None
+        self._placed.clear()
 
     def forget(self) -> None:
         """Free what is kept for the next gradients."""
@@ -54,13 +57,15 @@ class GradientsInPlace:
     def takes(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight is to be added in place. Ask for the weight itself: what a backward pass finds
         among its saved tensors may be a copy."""
-        return self._on and weight.is_leaf and weight.device.type == "cpu" and not weight._backward_hooks
+        mine = weight.is_leaf and weight.requires_grad and weight.device.type == "cpu"
+        return self._on and mine and not weight._backward_hooks
 
     def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
         """Where the gradient of a weight is to be added, and whether anything is there yet: if not, what the memory holds is
         to be overwritten. None where the gradient goes through autograd."""
         if not self.takes(weight):
             return None
+        self._placed.add(weight)
         if weight.grad is not None:
             return weight.grad, True
         spare = self._spare.pop(weight, None)

@@ -20,17 +20,28 @@ from quartet.models.gated import weights_of
 from quartet.models.linears import Weights
 
 LINEAR = re.compile(
-    r"\blogits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)(\.contiguous\(\))?\n\s*loss = None\n"
+    r"\n +logits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)(\.contiguous\(\))?\n\s*loss = None\n"
 )
 """What the forward of a model says whose logits are those of its LM head."""
+CHANGED = re.compile(r"\bhidden_states\b *[-+*/@]?= *(?!=)(?P<by>.*)")
+UNCHANGED = re.compile(
+    r"\w+(\[0\]|\.last_hidden_state)|hidden_states\[:, slice_indices, :\]|slice_logits_to_keep\(hidden_states, logits_to_keep\)"
+)
+"""What it may have made of the states before: at most fewer of them."""
 
 
 @cache
-def _is_linear(forward: Callable[..., Any]) -> bool:
+def _is_linear(forward: Callable[..., Any] | None) -> bool:
+    """Whether a model's logits are its LM head's output of the transformer's states and nothing else, by its source."""
     try:
-        return LINEAR.search(inspect.getsource(forward)) is not None
+        source = inspect.getsource(forward) if forward is not None else ""
     except (OSError, TypeError):
         return False
+    found = LINEAR.search(source)
+    if found is None:
+        return False
+    made = [change["by"].split("#")[0].strip() for change in CHANGED.finditer(source[: found.start()])]
+    return bool(made) and all(UNCHANGED.fullmatch(one) for one in made)
 
 
 class _PassThrough(nn.Module):
@@ -65,9 +76,10 @@ class LogitHead:
         """What the logits are computed from where they are one linear layer's output and nothing else; None where the model's
         class does more to them, or something waits for the call."""
         layer = self._shell._modules.get("lm_head")
-        if layer is None or not _is_linear(self._shell.forward.__func__):
+        if layer is None or not _is_linear(getattr(self._shell.forward, "__func__", None)):
             return None
-        return weights_of(layer)
+        found = weights_of(layer)
+        return None if found is None or found.down is not None else found
 
     @property
     def trainable(self) -> bool:

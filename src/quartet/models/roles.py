@@ -112,7 +112,8 @@ class LanguageView(nn.Module):
     def _linear_head(self) -> Weights | None:
         """The head's weights, where taking it apart pays: on the CPU (elsewhere unmeasured), and where it is one layer."""
         here = self.backbone.weights.are_whole and self.backbone.device.type == "cpu"
-        return self.head.linear if here else None
+        found = self.head.linear if here else None
+        return None if found is None or not found.weight.requires_grad else found
 
 
 class ScalarView(nn.Module):

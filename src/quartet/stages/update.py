@@ -147,7 +147,7 @@ class Updater:
         sums, parts, losses = UpdateSums(), [], []
         batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone))
         if self._in_place:
-            # Of several microbatches the last has all gradients and its activations in memory anyway.
+            # Of several microbatches the last has all these gradients and its activations in memory anyway.
             IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
         else:
             self._optimizer.zero_grad(set_to_none=True)
