@@ -283,6 +283,23 @@ def test_what_several_processes_cannot_do(
     assert len(said.splitlines()) == 1
 
 
+def test_loading_has_room_for_the_tensor_that_is_converted(
+    tmp_path: Path, hollow: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest, where the files are in another dtype than frozen roles compute in."""
+    monkeypatch.setenv("QUARTET_CACHE", str(tmp_path / "cache"))
+    peaks = []
+    for dtype in ("bfloat16", "float32"):
+        values = hollow(SMALL | {"vocab_size": 200_000}, **{"models.dtype": dtype, "models.lora": {"r": 4}})
+        capsys.readouterr()
+        assert plan(tmp_path, values, "--json") == 0
+        peaks.append(json.loads(capsys.readouterr().out)["phases"]["load"]["peak"])
+    stored = read_checkpoint(str(tmp_path / "sft"), "sft").tensors["lm_head.weight"].dtype
+    converted, mapped = peaks if stored == "F32" else reversed(peaks)
+    embeddings = 200_000 * 64 * (2 if stored == "F32" else 4)
+    assert mapped < embeddings < converted < embeddings + 2**22
+
+
 def test_automatic_engine_is_that_of_training(tmp_path: Path, hollow: Any, capsys: Any) -> None:
     for lora, engine in ((None, "fsdp2"), ({"r": 4}, "ddp")):
         values = hollow(SMALL, **{"models.lora": lora})

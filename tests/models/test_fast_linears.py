@@ -203,3 +203,14 @@ def test_only_plain_layers_are_taken_apart() -> None:
         assert layers[1].taken_apart() is None
         found = gradients(model, torch.randn(4, 64))
     assert any("wide.lora_A.one" in key for key in found)
+
+
+@pytest.mark.parametrize(
+    ("capability", "intel", "unused"), [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)]
+)
+def test_mkl_leaves_vectors_unused_on_other_makers_processors(
+    capability: str, intel: bool, unused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(linears, "_is_intel", lambda: intel)
+    assert linears._widest_vectors.__wrapped__() is unused

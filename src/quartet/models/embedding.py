@@ -18,7 +18,7 @@ class FastEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the weight: `[..., features]`."""
         plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if plain and torch.is_grad_enabled() and self.weight.requires_grad and IN_PLACE.takes(self.weight):
+        if plain and torch.is_grad_enabled() and IN_PLACE.takes(self.weight):
             apply: Callable[..., Tensor] = _Lookup.apply
             return apply(input, self.weight, self.padding_idx)
         return super().forward(input)

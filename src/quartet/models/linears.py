@@ -170,7 +170,7 @@ class FastLoraLinear(LoraLinear):
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN where that is faster."""
-    trained = weight.requires_grad and IN_PLACE.takes(weight)
+    trained = IN_PLACE.takes(weight)
     wide = states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu")
     if trained or wide:
         apply: Callable[..., Tensor] = _Linear.apply
