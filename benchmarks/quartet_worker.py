@@ -143,7 +143,13 @@ def main() -> None:
         probe.enter("between")
         start, loaded = probe.take(), session.loaded
         updater = Updater(
-            loaded.trained, loaded.optimizer, loaded.engine, config.ppo, temperature=1.0, seed=config.run.seed
+            loaded.trained,
+            loaded.optimizer,
+            loaded.engine,
+            config.ppo,
+            temperature=1.0,
+            seed=config.run.seed,
+            at_once=session.memory.parallel_passes,
         )
         iterations = []
         for done in range(options.iterations):

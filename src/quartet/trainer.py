@@ -64,6 +64,7 @@ def _run(session: Session) -> Path:
         config.ppo,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
+        at_once=session.memory.parallel_passes,
         say=progress.say,
     )
     progress.start(config.ppo.iterations, f"{session.inputs.plan.name} plan, {session.folder.path}")

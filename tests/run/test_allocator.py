@@ -17,8 +17,8 @@ from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.memory_probe import anonymous_bytes
 import torch
 set_to = return_freed_memory(sys.argv[1] == "return", tight=False, fleeting=False)
-assert (set_to is not None) is (sys.argv[1] == "return")
-torch.ones(24 * 2**18).sum()  # 24 MiB: glibc's own threshold grows to this size once it is freed
+assert set_to == (65536 if sys.argv[1] == "return" else None)
+torch.ones(1).sum()
 before = anonymous_bytes()
 tensors = [torch.ones(2**18) for _ in range(64)]  # 64 blocks of 1 MiB
 held = tensors[1::2]
@@ -64,4 +64,5 @@ def test_what_is_returned(
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library())
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert return_freed_memory(wanted, tight=tight, fleeting=fleeting) == smallest
-    assert told == ([] if smallest is None else [(-3, smallest)])  # M_MMAP_THRESHOLD in malloc.h
+    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h; glibc takes no more than 32 MiB for the second.
+    assert told == [(-1, 2**31 - 1)] * (smallest != RETURNED_FROM) + [(-3, smallest or 32 * 2**20)]

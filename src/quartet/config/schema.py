@@ -222,8 +222,12 @@ class RunConfig(Section):
     """Iterations between evaluations on the fixed prompts; 0 for none but first and last."""
     return_memory: bool | Literal["auto"] = "auto"
     """On the CPU: return the memory of freed tensors to the system at once, which takes less memory and more time. auto
-    does so where the predicted peak is over half of the free memory, and with tensors of 2 MiB or more where tensors that
+    does so where the predicted peak is over half of the free memory, and with tensors of 4 MiB or more where tensors that
     come and go are over half of the predicted peak, as with LoRA; false never does."""
+    parallel_passes: bool | Literal["auto"] = "auto"
+    """On the CPU: policy and value take their passes of the update at the same time, each on half of the threads, which
+    takes less time and the memory of both models' activations. For plans in which they are two backbones. auto does so
+    where the predicted peak is then at most half of the free memory."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

@@ -36,6 +36,8 @@ class Choices:
     """none, ddp, zero2, zero3 or fsdp2."""
     gather_for_rollout: bool | Literal["auto"] = False
     """Whether each process holds the whole policy while it generates. An estimate has auto decided."""
+    parallel_passes: bool | Literal["auto"] = False
+    """Whether policy and value take their passes at the same time. An estimate has auto decided."""
     rollout_engine: str = "auto"
     optimizer: str = "adamw"
     device: str = "cpu"
@@ -106,6 +108,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         world_size=world_size,
         engine=chosen,
         gather_for_rollout=chosen in CUTTING and config.distributed.gather_for_rollout,
+        parallel_passes=config.run.parallel_passes,
         rollout_engine=config.rollout.engine,
         optimizer=config.ppo.optimizer.name,
         device=device.type,

@@ -14,6 +14,7 @@ from quartet.memory.adapter_sizes import TensorSizes, adapter_size
 from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, workload_of
 from quartet.memory.figures import BackboneBytes, Estimate, Ledger, PhaseBytes, PhaseTraffic, RoleBytes
 from quartet.memory.libraries import KERNEL, KERNELS, converting, libraries_at_load, libraries_in_phases
+from quartet.memory.parallel import passes_in_parallel
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.quantized import quantized_bytes
 from quartet.memory.shapes import BackboneShape, shape_of
@@ -57,14 +58,13 @@ class Estimator:
         """Predict one plan under one set of choices.
 
         Args:
-            free: bytes for one process before loading, as far as they are known; decides `gather_for_rollout: auto`.
+            free: bytes for one process before loading, as far as they are known; decides what is left to `auto`.
 
         Raises:
             CheckpointError: a checkpoint whose model cannot be built from its configuration.
             ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers).
         """
-        ledger = self.ledger(plan, choices)
-        choices = self.decided(plan, choices, ledger, free)
+        choices = self.decided(plan, choices, ledger := self.ledger(plan, choices), free)
         phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
         carried = self._traffic(plan, choices, ledger)
         return Estimate(plan, self.device.type, choices, self.workload, ledger.backbones, ledger.roles, phases, carried)
@@ -79,11 +79,13 @@ class Estimator:
         return traffic(plan, choices, self.workload, found, trained)
 
     def decided(self, plan: SharingPlan, choices: Choices, ledger: Ledger, free: float | None) -> Choices:
-        """The choices with `gather_for_rollout: auto` decided as a run decides it; with `free` unknown, it gathers."""
+        """The choices with what is left to `auto` decided as a run decides it; `free` unknown counts as enough."""
         spec = next(spec for spec in plan.backbones if spec.name == plan.view("policy").backbone)
         whole = self._whole(spec, choices) * torch_dtype(choices.dtype).itemsize
-        left = None if free is None else free - ledger.load.peak
-        return replace(choices, gather_for_rollout=gathers_for_rollout(choices.gather_for_rollout, whole, left))
+        gather = gathers_for_rollout(choices.gather_for_rollout, whole, free and free - ledger.load.peak)
+        choices = replace(choices, gather_for_rollout=gather)
+        both = partial(self.phase, "update", plan, replace(choices, parallel_passes=True), ledger)
+        return replace(choices, parallel_passes=passes_in_parallel(plan, choices, free, both))
 
     def ledger(self, plan: SharingPlan, choices: Choices) -> Ledger:
         """What is in memory for the whole run."""
@@ -152,8 +154,7 @@ class Estimator:
     def _backbone(self, plan: SharingPlan, spec: BackboneSpec, choices: Choices) -> tuple[BackboneBytes, float]:
         """Its bytes, and how many of them are in memory (CPU: not mapped) before the first optimizer step."""
         shape = self._shape(spec.task, self._owner(plan, spec).frozen_layers)
-        size = self._in_process(self._sizes(spec, shape, choices), spec, choices)
-        share = shards(choices)
+        size, share = self._in_process(self._sizes(spec, shape, choices), spec, choices), shards(choices)
         adapters = FLOAT * sum(self._adapter(spec, a.name, choices).parameters for a in spec.adapters) / share
         found = BackboneBytes(
             name=spec.name,
@@ -293,7 +294,6 @@ def estimator_for(
         sft, reward: where they were read already.
         longest_prompt: tokens, where the prompts are known; `data.max_prompt_tokens` otherwise.
     """
-    models = config.models
-    sft = sft or open_checkpoint(models, "sft", headers_only=True)
-    reward = reward or open_checkpoint(models, "reward", headers_only=True)
-    return Estimator(sft, reward, workload_of(config, longest_prompt), plan_device(models.device))
+    sft = sft or open_checkpoint(config.models, "sft", headers_only=True)
+    reward = reward or open_checkpoint(config.models, "reward", headers_only=True)
+    return Estimator(sft, reward, workload_of(config, longest_prompt), plan_device(config.models.device))

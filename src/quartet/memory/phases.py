@@ -18,6 +18,7 @@ from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, tr
 from quartet.memory.trace import GRADIENTS, Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.gradients import IN_PLACE
+from quartet.models.lending import LENDER
 from quartet.models.packing import assume_packing
 from quartet.models.plan import SharingPlan
 from quartet.models.roles import Roles
@@ -155,7 +156,7 @@ def _quiet() -> Iterator[None]:
 def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
     """All that the small models depend on."""
     models = plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization
-    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout
+    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout, choices.parallel_passes
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
@@ -186,19 +187,38 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
             parameter.grad = torch.empty_like(parameter)
         trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
-    sequences = replace(plain, trunks=_trunk_blocks(roles, rows, workload.longest))
     one_pass = roles.trained.one_pass or choices.engine in TOGETHER
-    with IN_PLACE.added(choices.engine == "none" and choices.device == "cpu"):
-        for role in ("both",) if one_pass else ("policy", "value"):
-            trace.stage = "forward"
-            trace.enter(f"{'policy' if one_pass else role} embeddings")
-            loss = _loss(roles, role, sequences, plain.mask(), workload)
-            trace.stage = "backward"
-            trace.enter(f"{'policy' if one_pass else role} start")
-            loss.backward()
-            del loss
+    with LENDER.keeping(), IN_PLACE.added(choices.engine == "none" and choices.device == "cpu"):
+        if one_pass:
+            _pass(trace, roles, "both", plain, workload)
+        elif choices.parallel_passes:
+            # The value's activations are all there when the policy's are: as much as both can come to.
+            value = _forward(trace, roles, "value", plain, workload)
+            _pass(trace, roles, "policy", plain, workload)
+            _backward(trace, "value", value)
+        else:
+            for role in ("policy", "value"):
+                _pass(trace, roles, role, plain, workload)
     for handle in handles:
         handle.remove()
+
+
+def _pass(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequences, workload: Workload) -> None:
+    _backward(trace, role, _forward(trace, roles, role, plain, workload))
+
+
+def _forward(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequences, workload: Workload) -> list[Tensor]:
+    """The loss of a role; in a list, so that its graph can end with the backward pass."""
+    trace.stage = "forward"
+    trace.enter(f"{'policy' if role == 'both' else role} embeddings")
+    sequences = replace(plain, trunks=_trunk_blocks(roles, len(plain.input_ids), plain.input_ids.shape[1]))
+    return [_loss(roles, role, sequences, plain.mask(), workload)]
+
+
+def _backward(trace: MemoryTrace, role: str, loss: list[Tensor]) -> None:
+    trace.stage = "backward"
+    trace.enter(f"{'policy' if role == 'both' else role} start")
+    loss.pop().backward()
 
 
 def _loss(roles: Roles, role: str, sequences: Sequences, mask: Tensor, workload: Workload) -> Tensor:

@@ -3,6 +3,7 @@ slow."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,16 +47,36 @@ def one_sequence_a_row() -> Iterator[None]:
     Where it is given neither mask nor cache it looks for that in the values of the positions, for which the host has to
     wait in every forward pass.
     """
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    if before is None:
-        yield
-        return
-    setattr(masking_utils, name, lambda *_, **__: None)
+    _Told.enter()
     try:
         yield
     finally:
-        setattr(masking_utils, name, before)
+        _Told.leave()
+
+
+class _Told:
+    """Whether transformers is told so now, by how many threads."""
+
+    NAME = "find_packed_sequence_indices"
+    lock = threading.Lock()
+    count = 0
+    before: Any = None
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            cls.count += 1
+            if cls.count == 1 and hasattr(masking_utils, cls.NAME):
+                cls.before = getattr(masking_utils, cls.NAME)
+                setattr(masking_utils, cls.NAME, lambda *_, **__: None)
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.count -= 1
+            if cls.count == 0 and cls.before is not None:
+                setattr(masking_utils, cls.NAME, cls.before)
+                cls.before = None
 
 
 def attention(

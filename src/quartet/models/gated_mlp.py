@@ -1,4 +1,4 @@
-"""A whole gated MLP over frozen weights, with adapters or without: its states pass through the CPU's caches in blocks."""
+"""A whole gated MLP in one pass: nothing of its intermediate size is made twice."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet.models.gated import Activation, gated_down, multiplied, weights_of, with_slope
+from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
-from quartet.models.linears import (
-    Weights,
-    add_low_rank,
-    has_onednn,
-    low_rank_gradients,
-    upright,
-)
+from quartet.models.linears import Weights, add_low_rank, computed_in, has_onednn, low_rank_gradients, upright
 
 BLOCK = 512
-"""Intermediate features at once: a block of a microbatch's tokens stays in the caches until all is done with it."""
+"""Intermediate features at once over frozen weights in float32: a block of a microbatch's tokens stays in the caches until
+all is done with it."""
 TENSORS = 4
 """Of a linear layer: weight, bias, A, B."""
+FIRST = 3
+"""Arguments of the pass before those of its layers."""
 
 
 def gated_mlp(states: Tensor, gate: nn.Module, up: nn.Module, activation: Activation, down: nn.Module) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, which keeps x and what `gate` and `up` give.
 
-    Over frozen weights, in float32 on a CPU that multiplies with MKL, this is one pass: nothing of the intermediate size is
-    made besides these two, and the backward pass writes their gradients over them. Elsewhere the linear layers compute for
-    themselves (trained weights gain nothing from it: measured).
+    On a CPU this is one pass: nothing of the intermediate size is made besides these two, in memory that one layer lends the
+    next, and the backward pass writes their gradients over them. Elsewhere, and in float32 where oneDNN multiplies, the linear
+    layers compute for themselves.
 
     Args:
         states: x, `[..., hidden]`.
@@ -46,18 +44,17 @@ def gated_mlp(states: Tensor, gate: nn.Module, up: nn.Module, activation: Activa
 
 def _in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.down, layer.up) if t is not None]
+    dtype = computed_in(states)
     return (
         states.device.type == "cpu"
-        and states.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-        and all(tensor.dtype == states.dtype and tensor.device == states.device for tensor in tensors)
-        and not any(layer.weight.requires_grad or has_onednn(layer.weight) for layer in layers)
-        and not any(layer.bias is not None and layer.bias.requires_grad for layer in layers)
+        and all(tensor.device == states.device for tensor in tensors)
+        and (torch.is_autocast_enabled("cpu") or all(tensor.dtype == dtype for tensor in tensors))
+        and not (dtype == torch.float32 and any(has_onednn(layer.weight) for layer in layers))
     )
 
 
 class GatedMLP(torch.autograd.Function):
-    """`down(activation(gate(x)) * up(x))` of three layers with frozen weights; x and the adapters get gradients.
+    """`down(activation(gate(x)) * up(x))` of three layers.
 
     Tensors after the scales: weight, bias, A and B of gate, up and down; None for what a layer lacks.
     """
@@ -66,30 +63,44 @@ class GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, activation: Activation, scales: list[float], *tensors: Tensor | None
     ) -> Tensor:
-        gate, up, down = _layers(tensors, scales)
-        flat = states.flatten(0, -2)
+        dtype = computed_in(states)
+        layers = list(_layers([None if tensor is None else tensor.to(dtype) for tensor in tensors], scales))
+        gate, up, down = layers
+        flat = states.flatten(0, -2).to(dtype)
         gates, low_gates = _raised(flat, gate)
         ups, low_ups = _raised(flat, up)
-        result, low_between = _lowered(gates, ups, activation, down)
-        ctx.activation, ctx.scales, ctx.shape = activation, scales, states.shape
-        ctx.save_for_backward(flat, gates, ups, low_gates, low_ups, low_between, *tensors)
+        # Sums of blocks would be rounded once for each in bfloat16, and trained weights want all features for their gradient.
+        frozen = dtype != torch.bfloat16 and not any(ctx.needs_input_grad[FIRST::TENSORS])
+        ctx.block = BLOCK if frozen else len(gate.weight)
+        result, low_between = _lowered(gates, ups, activation, down, ctx.block)
+        ctx.activation, ctx.scales, ctx.shape, ctx.dtype = activation, scales, states.shape, states.dtype
+        ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
+        kept = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
+        ctx.save_for_backward(flat, gates, ups, low_gates, low_ups, low_between, *kept)
         return result.view(*states.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, gates, ups, low_gates, low_ups, low_between, *tensors = ctx.saved_tensors
-        gate, up, down = _layers(tensors, ctx.scales)
-        by_down = _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down)
+        gate, up, down = (_Gradients(ctx, number, layer) for number, layer in enumerate(_layers(tensors, ctx.scales)))
+        _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down, ctx.block)
         # From here on `gates` and `ups` are the gradients of what they were.
-        by_states = None
-        if ctx.needs_input_grad[0]:
-            by_states = (gates @ gate.weight).addmm_(ups, up.weight)
-        by_gate = _of_adapter(gates, by_states, flat, low_gates, gate)
-        by_up = _of_adapter(ups, by_states, flat, low_ups, up)
+        by_states = gates @ gate.layer.weight if ctx.needs_input_grad[0] else None
+        gate.of_layer(gates, flat)
+        gate.of_adapter(gates, by_states, flat, low_gates)
+        by_up = by_states
+        if by_states is not None and by_states.dtype == ctx.dtype:
+            by_states.addmm_(ups, up.layer.weight)
+        elif by_states is not None:  # the sum of the two in the states' own dtype
+            by_up = ups @ up.layer.weight
+        up.of_layer(ups, flat)
+        up.of_adapter(ups, by_up, flat, low_ups)
         LENDER.given_back(gates, ups)
+        if by_states is not None:
+            by_states = by_states if by_up is by_states else by_states.to(ctx.dtype).add_(by_up)
         by_states = None if by_states is None else by_states.view(ctx.shape)
-        return by_states, None, None, *by_gate, *by_up, *by_down
+        return by_states, None, None, *gate.found, *up.found, *down.found
 
 
 def _layers(tensors: tuple[Tensor | None, ...] | list[Tensor | None], scales: list[float]) -> Iterator[Weights]:
@@ -99,9 +110,9 @@ def _layers(tensors: tuple[Tensor | None, ...] | list[Tensor | None], scales: li
         yield Weights(weight, bias, down, up, scale)
 
 
-def _blocks(features: int) -> Iterator[slice]:
-    for start in range(0, features, BLOCK):
-        yield slice(start, min(start + BLOCK, features))
+def _blocks(features: int, size: int) -> Iterator[slice]:
+    for start in range(0, features, size):
+        yield slice(start, min(start + size, features))
 
 
 def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
@@ -115,16 +126,18 @@ def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
     return result, add_low_rank(result, states, layer.down, layer.up, layer.scale)
 
 
-def _lowered(gates: Tensor, ups: Tensor, activation: Activation, layer: Weights) -> tuple[Tensor, Tensor | None]:
+def _lowered(
+    gates: Tensor, ups: Tensor, activation: Activation, layer: Weights, size: int
+) -> tuple[Tensor, Tensor | None]:
     """`down(activation(gate) * up)`, and the low-rank states of `down`."""
-    result = gates.new_zeros(len(gates), len(layer.weight))
-    low = gates.new_zeros(len(gates), len(layer.down)) if layer.down is not None else None
-    room = LENDER.borrowed(gates, len(gates), min(BLOCK, gates.shape[1]))
-    for block in _blocks(gates.shape[1]):
+    result, low = gates.new_empty(len(gates), len(layer.weight)), None
+    room = LENDER.borrowed(gates, len(gates), min(size, gates.shape[1]))
+    for block in _blocks(gates.shape[1], size):
         between = multiplied(activation, gates[:, block], ups[:, block], room)
-        result.addmm_(between, layer.weight[:, block].t())
-        if low is not None and layer.down is not None:
-            low.addmm_(between, upright(layer.down[:, block]))
+        _add_product(result, between, layer.weight[:, block].t(), first=block.start == 0)
+        if layer.down is not None:
+            low = gates.new_empty(len(gates), len(layer.down)) if low is None else low
+            _add_product(low, between, upright(layer.down[:, block]), first=block.start == 0)
     LENDER.given_back(room)
     if layer.bias is not None:
         result += layer.bias
@@ -133,23 +146,66 @@ def _lowered(gates: Tensor, ups: Tensor, activation: Activation, layer: Weights)
     return result, low
 
 
+def _add_product(result: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add to the result, which the first product overwrites."""
+    if first:
+        torch.mm(left, right, out=result)
+    else:
+        result.addmm_(left, right)
+
+
+class _Gradients:
+    """The gradients of a linear layer's tensors, as far as they are needed."""
+
+    def __init__(self, ctx: Any, number: int, layer: Weights) -> None:
+        start = number * TENSORS
+        self.layer = layer
+        self._given: tuple[Tensor | None, ...] = ctx.given[start : start + TENSORS]
+        needs = ctx.needs_input_grad[FIRST + start : FIRST + start + TENSORS]
+        self.of_weight, self._of_bias = needs[:2]
+        self.found: list[Tensor | None] = [None] * TENSORS
+
+    def of_layer(self, gradient: Tensor, states: Tensor) -> None:
+        """From the gradient of what the layer gave, and what it was given: `[tokens, features]` both."""
+        weight = self._given[0]
+        if self.of_weight and weight is not None:
+            self.found[0] = IN_PLACE.add_product(weight, gradient.t(), states)
+        if self._of_bias and self.found[1] is None:
+            self.found[1] = gradient.sum(0)
+
+    def of_adapter(self, gradient: Tensor, by_states: Tensor | None, states: Tensor, low: Tensor | None) -> None:
+        """Likewise; what the adapter passes on is added to `by_states`."""
+        layer = self.layer
+        if low is not None and layer.down is not None and layer.up is not None:
+            self.found[2:] = low_rank_gradients(gradient, by_states, states, low, layer.down, layer.up, layer.scale)
+
+
 def _through_activation(
-    gradient: Tensor, gates: Tensor, ups: Tensor, low: Tensor | None, activation: Activation, layer: Weights
-) -> tuple[Tensor | None, ...]:
+    gradient: Tensor,
+    gates: Tensor,
+    ups: Tensor,
+    low: Tensor | None,
+    activation: Activation,
+    gradients: _Gradients,
+    size: int,
+) -> None:
     """Gradients of the down projection's tensors; those of `gates` and `ups` are written over them."""
-    by_low = by_lora_down = by_lora_up = None
+    layer = gradients.layer
+    by_low = by_lora_down = None
     if low is not None and layer.down is not None and layer.up is not None:
         by_low = (gradient @ upright(layer.up).t()).mul_(layer.scale)
         by_lora_down = torch.empty_like(layer.down.t())
-        by_lora_up = (gradient.t() @ low).mul_(layer.scale)
-    rooms = [LENDER.borrowed(gates, len(gates), min(BLOCK, gates.shape[1])) for _ in range(3)]
-    for block in _blocks(gates.shape[1]):
+        gradients.found[2:] = by_lora_down.t(), (gradient.t() @ low).mul_(layer.scale)
+    rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(3)]
+    for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]
         room, by_between, between = (room[:, : gate.shape[1]] for room in rooms)
         torch.mm(gradient, layer.weight[:, block], out=by_between)
         active, slope = with_slope(activation, gate, room)
-        if by_low is not None and by_lora_down is not None and layer.down is not None:
+        if by_low is not None or gradients.of_weight:
             torch.mul(active, up, out=between)
+        gradients.of_layer(gradient, between)
+        if by_low is not None and by_lora_down is not None and layer.down is not None:
             torch.mm(between.t(), by_low, out=by_lora_down[block])
             by_between.addmm_(by_low, layer.down[:, block])
         by_active = torch.mul(by_between, up, out=between)
@@ -158,13 +214,3 @@ def _through_activation(
         if found is not gate:
             gate.copy_(found)
     LENDER.given_back(*rooms)
-    return None, None, None if by_lora_down is None else by_lora_down.t(), by_lora_up
-
-
-def _of_adapter(
-    gradient: Tensor, by_states: Tensor | None, states: Tensor, low: Tensor | None, layer: Weights
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a layer's tensors; what its adapter passes on is added to `by_states`."""
-    if low is None or layer.down is None or layer.up is None:
-        return (None,) * TENSORS
-    return None, None, *low_rank_gradients(gradient, by_states, states, low, layer.down, layer.up, layer.scale)

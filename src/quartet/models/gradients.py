@@ -105,4 +105,4 @@ class GradientsInPlace:
 
 
 IN_PLACE = GradientsInPlace()
-"""Of this process: gradients are taken by one thread at a time."""
+"""Of this process; the gradients of a weight are taken by one thread at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -174,20 +175,25 @@ class PackedLayout(Layout):
         return self.cells.shorten(mixed.flatten(2).flatten(0, 1)).view(1, -1, *mixed.shape[2:])
 
 
-_packed: PackedLayout | None = None
+class _Current(threading.local):
+    """Of each thread, because two may run two models at once."""
+
+    packed: PackedLayout | None = None
+
+
+_current = _Current()
 
 
 def packed_now() -> PackedLayout | None:
-    """The layout of the forward pass that runs now, where it is a packed one."""
-    return _packed
+    """The layout of the forward pass that runs now in this thread, where it is a packed one."""
+    return _current.packed
 
 
 @contextmanager
 def packed_as(layout: PackedLayout | None) -> Iterator[None]:
     """Run (or run again, in a backward pass) under a packed layout, or under none."""
-    global _packed
-    before, _packed = _packed, layout
+    before, _current.packed = _current.packed, layout
     try:
         yield
     finally:
-        _packed = before
+        _current.packed = before

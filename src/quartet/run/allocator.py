@@ -6,20 +6,24 @@ import ctypes
 import platform
 from typing import Literal
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)."""
+LARGEST = 32 * 2**20
+"""The most that glibc lets the bytes be set to from which a block is mapped by itself."""
+NEVER = 2**31 - 1
+"""Free bytes at the end of the heap from which they are returned unasked."""
 RETURNED_FROM = 65_536
 """Bytes from which a block is returned as soon as it is freed, where memory is tight."""
-LARGE = 2 * 2**20
-"""The same where tensors come and go: a block of a huge page or more is mapped and returned with few page faults."""
+LARGE = 4 * 2**20
+"""The same where tensors come and go: what is larger than the states of a microbatch, usually."""
 
 
 def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting: bool) -> int | None:
     """Make the C library return the memory of freed tensors to the system at once, for the rest of the process.
 
-    By default glibc cuts new blocks out of freed ones and keeps what is left over. Tensors of many sizes leave gaps that
-    nothing fills, which can double what a process holds. Returned memory has to be fetched and cleared again, which
-    takes time.
+    By default glibc cuts new blocks out of freed ones and keeps what is left over, but for what lies at the end of its heap.
+    Tensors of many sizes leave gaps that nothing fills, which can double what a process holds. Returned memory has to be
+    fetched and cleared again, which takes time: where blocks are kept, those at the end are kept too.
 
     Args:
         wanted: auto decides by what follows.
@@ -36,8 +40,12 @@ def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting
         smallest = RETURNED_FROM
     elif wanted == "auto" and fleeting:
         smallest = LARGE
-    # A threshold that is set no longer grows by itself, which it does up to 32 MiB.
-    return smallest if smallest and ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, smallest) else None
+    library = ctypes.CDLL(None)
+    # A threshold that is set no longer moves by itself, neither of the two.
+    if smallest != RETURNED_FROM:
+        library.mallopt(_M_TRIM_THRESHOLD, NEVER)
+    done = library.mallopt(_M_MMAP_THRESHOLD, smallest or LARGEST)
+    return smallest if done else None
 
 
 def return_gaps() -> None:

@@ -90,6 +90,11 @@ class MemoryAccount:
         lasting = sum(highest[kind] for kind in ("weights", "optimizer", "gradients", "libraries"))
         return bool(lasting < highest["peak"] / 2)
 
+    @property
+    def parallel_passes(self) -> bool:
+        """Whether policy and value take their passes at the same time; not where the memory of that is not predicted."""
+        return bool(self._record.get("choices", {}).get("parallel_passes")) and torch.get_num_threads() > 1
+
     @contextmanager
     def measuring(self, phase: str) -> Iterator[None]:
         """Take the peak of a phase; stages that are not in `PHASES` are let run unmeasured."""

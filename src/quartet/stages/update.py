@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_los
 from quartet.records import Advantaged, Sequences, UpdateStats
 from quartet.stages.bad_steps import BadSteps, step_unless
 from quartet.stages.batching import SequenceTable, microbatches
+from quartet.stages.lanes import Lanes
 from quartet.stages.out_of_memory import is_out_of_memory, release_memory
 from quartet.stages.trunks import with_trunks
 from quartet.stages.update_sums import UpdateSums, update_stats
+
+Pass = Callable[[Tensor, Sequences, UpdateSums], Tensor]
+"""From row numbers and their sequences to the losses `[n]` of these rows; adds to the sums."""
 
 
 class Updater:
@@ -38,11 +43,14 @@ class Updater:
         *,
         temperature: float,
         seed: int,
+        at_once: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """
         Args:
             trained: called as a `TrainedPair` is.
+            at_once: policy and value take their passes at the same time, each on half of the processor's threads. For two
+                backbones in one process, none of which recomputes its activations.
             say: told when microbatches are made smaller because memory ran out.
         """
         self._trained = trained
@@ -57,6 +65,7 @@ class Updater:
         # Several processes cannot repeat what one of them failed at, nor can engines that hold shares of the gradients.
         self._alone = engine.world_size == 1 and not engine.shares_state
         self._in_place = engine.name == "none"  # the others wait for what autograd brings
+        self._lanes = Lanes(2 if at_once else 1)
         self._say = say
 
     def update(self, batch: Advantaged, *, iteration: int, bad_steps: int = 0) -> UpdateStats:
@@ -71,7 +80,7 @@ class Updater:
             TrainingError: `ppo.max_bad_steps` in a row were not taken, or a single sequence needs more memory than there
                 is; the weights are as they were after the last good step.
         """
-        with LENDER.keeping(), IN_PLACE.added(self._in_place):
+        with LENDER.keeping(), IN_PLACE.added(self._in_place), self._lanes.open():
             return self._update(batch, iteration, bad_steps)
 
     def _update(self, batch: Advantaged, iteration: int, bad_steps: int) -> UpdateStats:
@@ -144,24 +153,46 @@ class Updater:
         scored = batch.scored
         chosen = table.on_device(rows)
         policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
-        sums, parts, losses = UpdateSums(), [], []
         batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone))
         if self._in_place:
             # Of several microbatches the last has all these gradients and its activations in memory anyway.
             IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
         else:
             self._optimizer.zero_grad(set_to_none=True)
+        passes = self._passes(batch, policy_tokens, value_tokens)
+        sums = [UpdateSums() for _ in passes]
+        losses = self._lanes.run(
+            [
+                partial(self._one_pass, batch, batches, passing, own, last=passing is passes[-1])
+                for passing, own in zip(passes, sums, strict=True)
+            ]
+        )
+        for other in sums[1:]:
+            sums[0].join(other)
+        return sums[0], torch.cat([part for part, _ in batches]), torch.stack(losses).sum(0)
+
+    def _one_pass(
+        self,
+        batch: Advantaged,
+        batches: list[tuple[Tensor, Sequences]],
+        passing: Pass,
+        sums: UpdateSums,
+        *,
+        last: bool,
+    ) -> Tensor:
+        """Forward and backward over the microbatches: losses `[n]` of all rows.
+
+        Args:
+            last: no other pass comes after this one in the minibatch.
+        """
+        losses = []
         for number, (part, plain) in enumerate(batches, start=1):
-            sequences = with_trunks(plain, scored.trunks, part)
-            row_loss = torch.zeros(len(part), device=part.device)
-            for loss, final in self._losses(batch, part, sequences, policy_tokens, value_tokens, sums):
-                self._engine.backward(loss.sum(), last=final and number == len(batches))
-                row_loss += loss.detach()
-                # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
-                del loss
-            parts.append(part)
-            losses.append(row_loss)
-        return sums, torch.cat(parts), torch.cat(losses)
+            loss = passing(part, with_trunks(plain, batch.scored.trunks, part), sums)
+            self._engine.backward(loss.sum(), last=last and number == len(batches))
+            losses.append(loss.detach())
+            # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
+            del loss
+        return torch.cat(losses)
 
     def _replay(self, batch: Advantaged, table: SequenceTable, row: int) -> bool:
         """Whether an episode alone has a finite gradient."""
@@ -176,38 +207,34 @@ class Updater:
         """This process's episodes of a minibatch: as many for each, of like lengths."""
         return table.by_length(rows)[self._engine.rank :: self._engine.world_size]
 
-    def _losses(
-        self,
-        batch: Advantaged,
-        part: Tensor,
-        sequences: Sequences,
-        policy_tokens: Tensor,
-        value_tokens: Tensor,
-        sums: UpdateSums,
-    ) -> Iterator[tuple[Tensor, bool]]:
-        """Losses `[n]` of a microbatch's rows, to be added up, and whether each is the last: the policy's, then the value's.
+    def _passes(self, batch: Advantaged, policy_tokens: Tensor, value_tokens: Tensor) -> list[Pass]:
+        """What gives the losses of a microbatch's rows, to be added up: the policy's, then the value's.
 
-        The value's forward pass begins when the caller is done with the policy's backward pass, so that the activations of
-        one model are in memory and not of two. Where both look at the same states, or are one module of the process engine,
-        there is one loss.
+        One comes after the other, so that the activations of one model are in memory and not of two, or they run at the same
+        time. Where both look at the same states, or are one module of the process engine, there is one pass for both.
         """
         trained: Any = self._trained
-        mask, value_mask = batch.scored.rollout.response_mask[part], batch.scored.value_mask[part]
+        rollout_mask, all_value_mask = batch.scored.rollout.response_mask, batch.scored.value_mask
         wanted = {
             "temperature": self._temperature,
             "with_entropy": self._with_entropy,
             "entropy_grad": self._ppo.entropy_coef > 0,
         }
-        if self._engine.one_module or trained.one_pass:
-            logprobs, entropy, values = trained(sequences, mask, value_mask, **wanted)
+
+        def both(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
+            logprobs, entropy, values = trained(sequences, rollout_mask[part], all_value_mask[part], **wanted)
             policy = self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
-            yield policy + self._value_loss(batch, part, values, sums) / value_tokens, True
-            return
-        logprobs, entropy = trained.policy(sequences, mask, **wanted)
-        yield self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens, False
-        del logprobs, entropy
-        values = trained.value(sequences, value_mask)
-        yield self._value_loss(batch, part, values, sums) / value_tokens, True
+            return policy + self._value_loss(batch, part, values, sums) / value_tokens
+
+        def of_policy(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
+            logprobs, entropy = trained.policy(sequences, rollout_mask[part], **wanted)
+            return self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
+
+        def of_value(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
+            values = trained.value(sequences, all_value_mask[part])
+            return self._value_loss(batch, part, values, sums) / value_tokens
+
+        return [both] if self._engine.one_module or trained.one_pass else [of_policy, of_value]
 
     def _policy_loss(
         self, batch: Advantaged, part: Tensor, logprobs: Tensor, entropy: Tensor | None, sums: UpdateSums

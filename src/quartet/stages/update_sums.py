@@ -35,6 +35,12 @@ class UpdateSums:
         largest = log_ratio.detach().abs().max()
         self.max_log_ratio = largest if self.max_log_ratio is None else torch.maximum(self.max_log_ratio, largest)
 
+    def join(self, other: UpdateSums) -> None:
+        """Take over the sums of another pass over the same minibatch, of which none has the same name."""
+        assert not self.totals.keys() & other.totals.keys(), "one sum in two passes"
+        assert other.max_log_ratio is None, "log-probability ratios in two passes"
+        self.totals |= other.totals
+
     def merge(self, minibatch: UpdateSums, bad: Tensor) -> None:
         """Add a minibatch's sums, unless its step was not taken: then they may not be finite."""
         self.gap = minibatch.gap if self.gap is None else self.gap

@@ -1,0 +1,54 @@
+"""Whether policy and value take their passes of the update at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from quartet.errors import ConfigError
+from quartet.memory.choices import Choices
+from quartet.memory.figures import PhaseBytes
+from quartet.models.plan import SharingPlan
+
+SHARE = 0.5
+"""Of the free memory that a run may take with the activations of both models, for `auto` to choose it."""
+
+
+def passes_in_parallel(
+    plan: SharingPlan, choices: Choices, free: float | None, update: Callable[[], PhaseBytes]
+) -> bool:
+    """What `run.parallel_passes` means for a plan.
+
+    Args:
+        free: bytes before loading; None where unknown, which counts as enough.
+        update: gives the update with both passes at the same time.
+
+    Raises:
+        ConfigError: asked for, where it is not possible.
+    """
+    wanted = choices.parallel_passes
+    if not wanted:
+        return False
+    reason = _why_not(plan, choices)
+    if wanted != "auto":
+        if reason is not None:
+            raise ConfigError(f"run.parallel_passes=true, and {reason}; use run.parallel_passes=auto")
+        return True
+    return reason is None and (free is None or update().peak <= SHARE * free)
+
+
+def _why_not(plan: SharingPlan, choices: Choices) -> str | None:
+    if choices.device != "cpu":
+        return f"policy and value share the one device {choices.device}"
+    if choices.engine != "none":
+        return f"distributed.engine={choices.engine} orders the passes of its processes"
+    if plan.view("policy").backbone == plan.view("value").backbone:
+        return f"in the {plan.name} plan policy and value are one backbone"
+    if choices.checkpointing:
+        return "models.gradient_checkpointing=true is there to save memory, which this takes"
+    if choices.quantization is not None:
+        return f"with models.quantization={choices.quantization} it has not been tried"
+    if torch.get_num_threads() < 2:
+        return "torch has one thread (OMP_NUM_THREADS)"
+    return None
