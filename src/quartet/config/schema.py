@@ -227,7 +227,7 @@ class RunConfig(Section):
     parallel_passes: bool | Literal["auto"] = "auto"
     """On the CPU: policy and value take their passes of the update at the same time, each on half of the threads, which
     takes less time and the memory of both models' activations. For plans in which they are two backbones. auto does so
-    where the predicted peak is then at most half of the free memory."""
+    in bfloat16, where the predicted peak is then at most half of the free memory."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

@@ -17,6 +17,7 @@ from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import PlannedSequences, fake_roles, tensors_of, traced
 from quartet.memory.trace import GRADIENTS, Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.models.packing import assume_packing
@@ -188,13 +189,14 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     one_pass = roles.trained.one_pass or choices.engine in TOGETHER
-    with LENDER.keeping(), IN_PLACE.added(choices.engine == "none" and choices.device == "cpu"):
+    alone = choices.engine == "none"
+    with LENDER.keeping(), CONVERTED.keeping(alone), IN_PLACE.added(alone and choices.device == "cpu"):
         if one_pass:
             _pass(trace, roles, "both", plain, workload)
         elif choices.parallel_passes:
             # The value's activations are all there when the policy's are: as much as both can come to.
             value = _forward(trace, roles, "value", plain, workload)
-            _pass(trace, roles, "policy", plain, workload)
+            _backward(trace, "policy", _forward(trace, roles, "policy", plain, workload), last=False)
             _backward(trace, "value", value)
         else:
             for role in ("policy", "value"):
@@ -215,10 +217,12 @@ def _forward(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequence
     return [_loss(roles, role, sequences, plain.mask(), workload)]
 
 
-def _backward(trace: MemoryTrace, role: str, loss: list[Tensor]) -> None:
+def _backward(trace: MemoryTrace, role: str, loss: list[Tensor], *, last: bool = True) -> None:
     trace.stage = "backward"
     trace.enter(f"{'policy' if role == 'both' else role} start")
     loss.pop().backward()
+    if last:
+        CONVERTED.forget()
 
 
 def _loss(roles: Roles, role: str, sequences: Sequences, mask: Tensor, workload: Workload) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quartet.models.converted import CONVERTED
 from quartet.models.gated import Activation, gated_down, multiplied, weights_of, with_slope
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
@@ -64,7 +65,7 @@ class GatedMLP(torch.autograd.Function):
         ctx: Any, states: Tensor, activation: Activation, scales: list[float], *tensors: Tensor | None
     ) -> Tensor:
         dtype = computed_in(states)
-        layers = list(_layers([None if tensor is None else tensor.to(dtype) for tensor in tensors], scales))
+        layers = list(_layers([None if tensor is None else CONVERTED.of(tensor, dtype) for tensor in tensors], scales))
         gate, up, down = layers
         flat = states.flatten(0, -2).to(dtype)
         gates, low_gates = _raised(flat, gate)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from quartet.models.converted import CONVERTED
 from quartet.models.embedding import FastEmbedding
 from quartet.models.gradients import IN_PLACE
 
@@ -200,7 +201,7 @@ class _Linear(torch.autograd.Function):
         dtype = computed_in(states)
         ctx.weight, ctx.states_dtype = weight, states.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        states, converted = states.to(dtype), weight.to(dtype)
+        states, converted = states.to(dtype), CONVERTED.of(weight, dtype)
         ctx.save_for_backward(states if weight.requires_grad else None, converted)
         return product(states, converted, None if bias is None else bias.to(dtype))
 

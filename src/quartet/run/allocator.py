@@ -6,7 +6,7 @@ import ctypes
 import platform
 from typing import Literal
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """mallopt(3)."""
 LARGEST = 32 * 2**20
 """The most that glibc lets the bytes be set to from which a block is mapped by itself."""
@@ -41,6 +41,8 @@ def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting
     elif wanted == "auto" and fleeting:
         smallest = LARGE
     library = ctypes.CDLL(None)
+    # Threads take turns at one heap: with one each, what one has freed is lost to the others.
+    library.mallopt(_M_ARENA_MAX, 1)
     # A threshold that is set no longer moves by itself, neither of the two.
     if smallest != RETURNED_FROM:
         library.mallopt(_M_TRIM_THRESHOLD, NEVER)

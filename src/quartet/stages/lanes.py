@@ -62,5 +62,6 @@ class Lanes:
 
 
 def _with_threads(count: int, job: Callable[[], Result]) -> Result:
+    torch.get_num_threads()  # a thread takes the number of the thread that set it last on its first question, not later
     torch.set_num_threads(count)
     return job()

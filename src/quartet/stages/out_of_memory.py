@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 
@@ -19,6 +20,7 @@ def release_memory() -> None:
     """Give cached blocks back, so that a smaller pass finds them whole."""
     LENDER.forget()
     IN_PLACE.forget()
+    CONVERTED.forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

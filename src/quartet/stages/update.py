@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quartet.config import PPOConfig
 from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
+from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
@@ -80,7 +81,12 @@ class Updater:
             TrainingError: `ppo.max_bad_steps` in a row were not taken, or a single sequence needs more memory than there
                 is; the weights are as they were after the last good step.
         """
-        with LENDER.keeping(), IN_PLACE.added(self._in_place), self._lanes.open():
+        with (
+            LENDER.keeping(),
+            CONVERTED.keeping(self._in_place),
+            IN_PLACE.added(self._in_place),
+            self._lanes.open(),
+        ):
             return self._update(batch, iteration, bad_steps)
 
     def _update(self, batch: Advantaged, iteration: int, bad_steps: int) -> UpdateStats:
@@ -115,6 +121,7 @@ class Updater:
         norm = self._engine.clip_gradients(self._parameters, self._ppo.max_grad_norm).detach()
         bad = self._engine.sum((~(norm.isfinite() & losses.isfinite().all())).int()) > 0
         step_unless(bad, self._optimizer, lambda: self._engine.step(self._optimizer))
+        CONVERTED.forget()
         seen.norms.append(norm)
         sums.merge(seen, bad)
         guard.see(bad, part, losses)
@@ -192,6 +199,8 @@ class Updater:
             losses.append(loss.detach())
             # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
             del loss
+        if self._lanes.count == 1:  # of one model at a time, as its activations
+            CONVERTED.forget()
         return torch.cat(losses)
 
     def _replay(self, batch: Advantaged, table: SequenceTable, row: int) -> bool:

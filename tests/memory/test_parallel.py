@@ -1,0 +1,117 @@
+"""When policy and value take their passes at the same time, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline import Pipeline
+from quartet.cli import main
+from quartet.errors import ConfigError
+from quartet.memory.choices import Choices, choices_of, workload_of
+from quartet.memory.estimate import Estimator
+from quartet.memory.figures import Estimate
+from quartet.models.plan import SharingPlan
+from quartet.run.memory_account import MemoryAccount
+from tiny import TinyRun
+
+CPU = torch.device("cpu")
+BFLOAT16 = {"models.dtype": "bfloat16"}
+LORA = {"models.lora": {"r": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Planned:
+    """A configuration's estimates."""
+
+    def __init__(self, values: dict[str, Any], device: torch.device = CPU) -> None:
+        pipeline = Pipeline(values)
+        self.plan: SharingPlan = pipeline.inputs.plan
+        self.choices: Choices = choices_of(pipeline.config, CPU)
+        self._estimator = Estimator(pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), device)
+
+    def estimate(self, free: float | None = None, **changes: Any) -> Estimate:
+        return self._estimator.estimate(self.plan, replace(self.choices, **changes), free)
+
+
+def test_auto_takes_it_in_bfloat16_where_half_of_the_memory_is_enough(tiny_run: TinyRun) -> None:
+    planned = Planned(tiny_run(**BFLOAT16))
+    assert planned.choices.parallel_passes == "auto"
+    both, one = planned.estimate(), planned.estimate(parallel_passes=False)
+    assert both.choices.parallel_passes is True
+    assert one.choices.parallel_passes is False
+    need = both.phase("update").peak
+    assert planned.estimate(2 * need).choices.parallel_passes is True
+    assert planned.estimate(2 * need - 2).choices.parallel_passes is False
+    assert planned.estimate(dtype="float32").choices.parallel_passes is False
+
+
+@pytest.mark.parametrize("changes", [{}, {**LORA, "models.sharing": "paired"}])
+def test_it_takes_the_activations_of_both(tiny_run: TinyRun, changes: dict[str, Any]) -> None:
+    planned = Planned(tiny_run(**changes))
+    one, both = (planned.estimate(parallel_passes=wanted).phase("update") for wanted in (False, True))
+    # At the peak of the policy's passes those of the value are in memory as well, of a model of the same size.
+    assert both.activations > 1.3 * one.activations
+    assert both.activations + both.logits < 2 * (one.activations + one.logits)
+    assert (both.weights, both.optimizer) == (one.weights, one.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "choices", "reason"),
+    [
+        ({**LORA, "models.value_model": "trunk", "models.value_head_init": "zero"}, {}, "are one backbone"),
+        ({}, {"checkpointing": True}, "models.gradient_checkpointing=true is there to save memory"),
+        ({}, {"engine": "ddp", "world_size": 2}, "distributed.engine=ddp orders"),
+        (LORA, {"quantization": "8bit"}, "models.quantization=8bit"),
+        ({}, {"device": "cuda"}, "share the one device cuda"),
+    ],
+)
+def test_where_it_cannot_be(tiny_run: TinyRun, changes: dict[str, Any], choices: dict[str, Any], reason: str) -> None:
+    planned = Planned(tiny_run(**BFLOAT16, **changes))
+    assert planned.estimate(**choices).choices.parallel_passes is False
+    with pytest.raises(ConfigError, match=rf"run.parallel_passes=true, and .*{reason}.*; use run.parallel_passes=auto"):
+        planned.estimate(parallel_passes=True, **choices)
+
+
+def test_one_thread_is_too_few(tiny_run: TinyRun) -> None:
+    planned = Planned(tiny_run(**BFLOAT16))
+    torch.set_num_threads(1)
+    assert planned.estimate().choices.parallel_passes is False
+    with pytest.raises(ConfigError, match="torch has one thread"):
+        planned.estimate(parallel_passes=True)
+
+
+def test_asked_for_in_vain_is_a_users_mistake(
+    tiny_run: TinyRun, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_run(**{"run.parallel_passes": True, "models.gradient_checkpointing": True})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    for command in ("plan", "train"):
+        assert main([command, str(config)]) == 2
+        error = capsys.readouterr().err
+        assert "run.parallel_passes=true" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_as_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = MemoryAccount(CPU, {"choices": {"parallel_passes": True}})
+    assert account.parallel_passes
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # resumed on another machine
+    assert not account.parallel_passes
+    monkeypatch.undo()
+    assert not MemoryAccount(CPU, {"choices": {"parallel_passes": False}}).parallel_passes
+    assert not MemoryAccount(CPU).parallel_passes  # not predicted
