@@ -35,6 +35,8 @@ WORKER = Path(__file__).with_name("memory_plan_worker.py")
 def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
     """Peaks of two iterations in a fresh interpreter."""
     environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
+    if spec.get("parallel"):
+        environment["OMP_NUM_THREADS"] = "2"
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--spec", json.dumps(spec)]

@@ -30,6 +30,9 @@ def configurations() -> dict[str, dict[str, Any]]:
         add(f"{size} lora single checkpointing", size, rows, **single, gradient_checkpointing=True)
         add(f"{size} lora paired bfloat16", size, rows, **paired, dtype="bfloat16")
         add(f"{size} lora paired 4bit", size, rows, **paired, quantization="4bit")
+    for name, models in (("full", {}), ("lora paired", paired)):
+        add(f"S {name} bfloat16 parallel", "S", **models, dtype="bfloat16")
+        found[f"S {name} bfloat16 parallel"]["parallel"] = True
     add("S full, 3 layers frozen", "S", freeze_layers=3)
     add("S lora separate", "S", **paired | {"sharing": "separate"})
     add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
@@ -49,6 +52,6 @@ def run_config(root: Path, spec: dict[str, Any]) -> Any:
             "data": {"prompts": "unused", "max_prompt_tokens": PROMPT},
             "rollout": {"batch_size": 2 * spec["rows"], "response_length": RESPONSE, "batch_rows": 2 * spec["rows"]},
             "ppo": {"epochs": 1, "minibatches": 1, "microbatch_rows": spec["rows"]},
-            "run": {"seed": SEED},
+            "run": {"seed": SEED, "parallel_passes": spec.get("parallel", False)},
         }
     )

@@ -105,7 +105,10 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     allow_packing(roles)
     at_once = scoring_rows(config.rollout.batch_rows, "cuda" if cuda else "cpu", cut=False)
     generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
-    updater = Updater(roles.trained, optimizer, SingleProcess(), config.ppo, temperature=1.0, seed=SEED)
+    parallel = config.run.parallel_passes is True
+    updater = Updater(
+        roles.trained, optimizer, SingleProcess(), config.ppo, temperature=1.0, seed=SEED, at_once=parallel
+    )
     torch.manual_seed(SEED)
     count = config.rollout.batch_size
     # Half of the prompts are shorter, as in a real batch; the longest ones decide the peak.

@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--return-memory", action="store_true", help="run.return_memory: true")
+    parser.add_argument("--parallel", choices=("auto", "true", "false"), default="auto", help="run.parallel_passes")
     parser.add_argument("--sample-memory", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print what the last update's time went to")
     return parser.parse_args()
@@ -84,7 +85,12 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
                 "microbatch_rows": options.rows,
                 "learning_rate": 3e-6,
             },
-            "run": {"dir": str(folder / "run"), "seed": 7, "return_memory": options.return_memory or "auto"},
+            "run": {
+                "dir": str(folder / "run"),
+                "seed": 7,
+                "return_memory": options.return_memory or "auto",
+                "parallel_passes": {"true": True, "false": False}.get(options.parallel, "auto"),
+            },
         }
     )
 

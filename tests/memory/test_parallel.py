@@ -12,10 +12,13 @@ import yaml
 
 from pipeline import Pipeline
 from quartet.cli import main
+from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of, workload_of
-from quartet.memory.estimate import Estimator
+from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.figures import Estimate
+from quartet.memory.search import search
+from quartet.models.loading import plan_for
 from quartet.models.plan import SharingPlan
 from quartet.run.memory_account import MemoryAccount
 from tiny import TinyRun
@@ -91,6 +94,22 @@ def test_one_thread_is_too_few(tiny_run: TinyRun) -> None:
     assert planned.estimate().choices.parallel_passes is False
     with pytest.raises(ConfigError, match="torch has one thread"):
         planned.estimate(parallel_passes=True)
+
+
+def test_a_search_keeps_what_was_asked_for_or_leaves_it_to_auto(tiny_run: TinyRun) -> None:
+    config = parse_config(tiny_run(**BFLOAT16, **{"run.parallel_passes": True}))
+    estimator = estimator_for(config)
+    given = search(config, estimator, 2**40).chosen
+    assert given is not None
+    assert given.estimate is not None
+    assert (given.change, given.estimate.choices.parallel_passes) == ({}, True)
+    plan = plan_for(config.models, estimator.sft, estimator.reward)
+    one = estimator.estimate(plan, replace(given.estimate.choices, parallel_passes=False)).peak.peak
+    assert one < given.estimate.peak.peak
+    less = search(config, estimator, int(one)).chosen
+    assert less is not None
+    assert less.change["run.parallel_passes"] == "auto"
+    assert search(config, estimator, 2**10).chosen is None
 
 
 def test_asked_for_in_vain_is_a_users_mistake(

@@ -64,5 +64,6 @@ def test_what_is_returned(
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library())
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert return_freed_memory(wanted, tight=tight, fleeting=fleeting) == smallest
-    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h; glibc takes no more than 32 MiB for the second.
-    assert told == [(-1, 2**31 - 1)] * (smallest != RETURNED_FROM) + [(-3, smallest or 32 * 2**20)]
+    # M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h; -1 turns trimming off, the last goes up to 32 MiB.
+    trimming = [] if smallest == RETURNED_FROM else [(-1, -1)]
+    assert told == [(-8, 1), *trimming, (-3, smallest or 32 * 2**20)]

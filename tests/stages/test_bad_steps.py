@@ -14,6 +14,7 @@ from quartet.models.roles import ScalarView
 from quartet.records import Advantaged
 from quartet.stages.bad_steps import step_unless
 from quartet.stages.batching import SequenceTable
+from quartet.stages.update import Updater
 from stages_batch import LENGTHS, assert_same, batch_of
 from tiny import TinyRun
 
@@ -165,6 +166,46 @@ def test_smaller_microbatches_give_the_same_gradient(
     assert stats.tokens == expected.tokens
     updater.update(batch, iteration=2)
     assert (memory.failed, len(said)) == (2, 2)
+
+
+@pytest.mark.parametrize("role", ["policy", "value"])
+def test_of_two_passes_at_a_time_one_goes_first(role: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before microbatches are made smaller."""
+    settings = {**ONCE, "ppo.microbatch_rows": 4, "ppo.max_grad_norm": None}
+    whole = Pipeline(tiny_run(**settings))
+    whole.update(batch_of(whole))
+    pipeline, said, failed = Pipeline(tiny_run(**settings)), [], 0
+    batch = batch_of(pipeline)
+    loss = getattr(Updater, f"_{role}_loss")
+
+    def limited(self: Updater, *given: Any) -> torch.Tensor:
+        nonlocal failed
+        if self._lanes.count > 1:
+            failed += 1
+            raise MemoryError
+        return loss(self, *given)
+
+    monkeypatch.setattr(Updater, f"_{role}_loss", limited)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    loaded, config = pipeline.loaded, pipeline.config
+    updater = Updater(
+        loaded.trained,
+        loaded.optimizer,
+        loaded.engine,
+        config.ppo,
+        temperature=config.rollout.temperature,
+        seed=config.run.seed,
+        at_once=True,
+        say=said.append,
+    )
+    for iteration in (1, 2):
+        updater.update(batch, iteration=iteration)
+        if iteration == 1:
+            assert_same(pipeline.gradients(), whole.gradients())
+    assert failed == 1
+    assert [line.split(":")[1] for line in said] == [
+        " from now on policy and value take their passes one after the other (run.parallel_passes=false does so from the start)"
+    ]
 
 
 def test_no_memory_for_one_sequence_is_said(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

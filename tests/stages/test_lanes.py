@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +74,7 @@ def test_an_error_waits_for_the_other_job(failing: int) -> None:
 
     def goes_on() -> None:
         assert failed.wait(SECONDS)
+        time.sleep(0.2)
         ended.set()
 
     jobs = [fails, goes_on] if failing == 0 else [goes_on, fails]
@@ -79,6 +84,59 @@ def test_an_error_waits_for_the_other_job(failing: int) -> None:
             lanes.run(jobs)
         assert ended.is_set()
         assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_other_job_is_left_when_it_asks(failing: int) -> None:
+    lanes, rounds = Lanes(2), 0
+
+    def fails() -> None:
+        raise ValueError("in a lane")
+
+    def asks() -> None:
+        nonlocal rounds
+        for _ in range(int(SECONDS / 0.01)):
+            rounds += 1
+            lanes.go_on()
+            time.sleep(0.01)
+
+    with lanes.open():
+        with pytest.raises(ValueError, match="in a lane"):
+            lanes.run([fails, asks] if failing == 0 else [asks, fails])
+        assert rounds < SECONDS / 0.01 / 2
+        assert lanes.run([lanes.go_on, lanes.go_on]) == [None, None]  # nothing of it is left
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("failing", [0, 1])
+def test_memory_of_a_failed_job_is_free_once_its_error_is_dropped(failing: int) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def fails() -> None:
+        large = torch.empty(1000)
+        kept.append(weakref.ref(large))
+        raise MemoryError(f"beside {large.numel()} numbers")
+
+    lanes = Lanes(2)
+    with lanes.open():
+        gc.collect()
+        gc.disable()  # a cycle would live until the collector comes by
+        try:
+            with contextlib.suppress(MemoryError):
+                lanes.run([fails, lambda: None] if failing == 0 else [lambda: None, fails])
+            assert kept[0]() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_all_threads_are_shared_out() -> None:
+    torch.set_num_threads(5)
+    lanes = Lanes(2)
+    with lanes.open():
+        assert lanes.run([torch.get_num_threads] * 2) == [3, 2]
+    assert torch.get_num_threads() == 5
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -76,7 +76,8 @@ class Simulator:
         rows = {"rollout": choices.batch_rows, "scoring": choices.scoring_rows, "update": choices.microbatch_rows}[
             phase
         ]
-        key = (phase, rows, choices.world_size, *_what(plan, choices))
+        parallel = phase == "update" and choices.parallel_passes
+        key = (phase, rows, choices.world_size, parallel, *_what(plan, choices))
         if key not in self._found:
             self._found[key] = self._run(phase, plan, choices, shape)
         return self._found[key]
@@ -157,7 +158,7 @@ def _quiet() -> Iterator[None]:
 def _what(plan: SharingPlan, choices: Choices) -> tuple[object, ...]:
     """All that the small models depend on."""
     models = plan, choices.lora, choices.dtype, choices.checkpointing, choices.quantization
-    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout, choices.parallel_passes
+    return *models, choices.rollout_engine, choices.engine, choices.gather_for_rollout
 
 
 def _scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
@@ -190,14 +191,12 @@ def _update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     one_pass = roles.trained.one_pass or choices.engine in TOGETHER
     alone = choices.engine == "none"
-    with LENDER.keeping(), CONVERTED.keeping(alone), IN_PLACE.added(alone and choices.device == "cpu"):
+    keeps = alone and not choices.checkpointing
+    with LENDER.keeping(), CONVERTED.keeping(keeps), IN_PLACE.added(alone and choices.device == "cpu"):
         if one_pass:
             _pass(trace, roles, "both", plain, workload)
         elif choices.parallel_passes:
-            # The value's activations are all there when the policy's are: as much as both can come to.
-            value = _forward(trace, roles, "value", plain, workload)
-            _backward(trace, "policy", _forward(trace, roles, "policy", plain, workload), last=False)
-            _backward(trace, "value", value)
+            _both(trace, roles, plain, workload)
         else:
             for role in ("policy", "value"):
                 _pass(trace, roles, role, plain, workload)
@@ -209,11 +208,28 @@ def _pass(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequences, 
     _backward(trace, role, _forward(trace, roles, role, plain, workload))
 
 
+def _both(trace: MemoryTrace, roles: Roles, plain: PlannedSequences, workload: Workload) -> None:
+    """Policy and value at the same time: the policy's passes beside all that the value's come to."""
+    value = _forward(trace, roles, "value", plain, workload)
+    kept = trace.total
+    trace.restart()
+    _backward(trace, "value", value, last=False)
+    more = torch.empty(int(max(trace.highest - kept, 0)), dtype=torch.uint8)
+    value = _forward(trace, roles, "value", plain, workload)
+    _backward(trace, "policy", _forward(trace, roles, "policy", plain, workload), last=False)
+    del more
+    _backward(trace, "value", value)
+
+
 def _forward(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequences, workload: Workload) -> list[Tensor]:
     """The loss of a role; in a list, so that its graph can end with the backward pass."""
     trace.stage = "forward"
     trace.enter(f"{'policy' if role == 'both' else role} embeddings")
-    sequences = replace(plain, trunks=_trunk_blocks(roles, len(plain.input_ids), plain.input_ids.shape[1]))
+    view = roles.value if role == "value" else roles.policy
+    trunks = _trunk_blocks(roles, len(plain.input_ids), plain.input_ids.shape[1])
+    own = trunks if role == "both" else {name: block for name, block in trunks.items() if name == view.backbone.trunk}
+    del trunks
+    sequences = replace(plain, trunks=own)
     return [_loss(roles, role, sequences, plain.mask(), workload)]
 
 

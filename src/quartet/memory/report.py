@@ -88,6 +88,8 @@ def show(estimate: Estimate, console: Console) -> None:
     console.print(Group(_backbones(estimate), _roles(estimate), _phases(estimate)))
     if estimate.choices.world_size > 1:
         console.print(_traffic(estimate))
+    if estimate.choices.parallel_passes:
+        console.print("update: policy and value take their passes at the same time (run.parallel_passes)")
     peak = estimate.peak
     console.print(f"peak: [bold]{format_bytes(peak.peak)}[/bold] in the {peak.phase} phase ({peak.at})")
 

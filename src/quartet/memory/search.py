@@ -25,6 +25,7 @@ Change = dict[str, Any]
 SHARING, QUANTIZATION = "models.sharing", "models.quantization"
 CHECKPOINTING, DTYPE, OFFLOAD = "models.gradient_checkpointing", "models.dtype", "models.offload"
 OPTIMIZER = "ppo.optimizer.name"
+PARALLEL = "run.parallel_passes"
 MICROBATCH, ROLLOUT_ROWS = "ppo.microbatch_rows", "rollout.batch_rows"
 
 
@@ -95,6 +96,8 @@ def options(config: Config, estimator: Estimator) -> list[list[Option]]:
         axes[4] = [Option(OFFLOAD, "cpu", 0.0, True)]
     elif estimator.device.type == "cpu":
         del axes[4]
+    if config.run.parallel_passes is True:
+        axes.append([Option(PARALLEL, True, 0.0, True), Option(PARALLEL, "auto", 0.5)])
     if not lora and config.ppo.optimizer.name == "adamw":
         axes.append(_optimizers(estimator.device.type))
     return axes
@@ -178,8 +181,11 @@ class _Trial:
         exceeded = self._even_at_fewest(plan, choices)
         if exceeded is not None:
             return Candidate(change, cost, config, exceeded, None, at_fewest=True)
-        exceeded = self._exceeded(plan, choices)
-        estimate = self._estimator.estimate(plan, choices, self._memory) if exceeded is None else None
+        try:
+            exceeded = self._exceeded(plan, choices)
+            estimate = self._estimator.estimate(plan, choices, self._memory) if exceeded is None else None
+        except ConfigError:  # parallel passes where they cannot be
+            return None
         return Candidate(change, cost, config, exceeded, estimate)
 
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
@@ -187,6 +193,7 @@ class _Trial:
         open_ones = []
         for place, candidate in enumerate(candidates):
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
+            choices = replace(choices, parallel_passes=False)
             if plan is not None and choices == _fewest(choices):
                 ledger = self._estimator.ledger(plan, choices)
                 least = [phase.peak for phase in _at_least(choices, ledger)]
@@ -247,7 +254,7 @@ def _sensible(plan: SharingPlan, choices: Choices) -> bool:
 
 
 def _fewest(choices: Choices) -> Choices:
-    return replace(choices, microbatch_rows=1, batch_rows=1, checkpointing=True)
+    return replace(choices, microbatch_rows=1, batch_rows=1, checkpointing=True, parallel_passes=False)
 
 
 def _rows(key: str, given: int) -> list[Option]:

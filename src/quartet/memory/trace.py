@@ -60,6 +60,8 @@ class MemoryTrace(TorchDispatchMode):
         self.stage = ""
         """Prefix of the labels: forward or backward."""
         self.peaks: dict[str, Bytes] = {}
+        self.highest = 0.0
+        """Most live bytes since the last `restart`."""
         self.products: set[tuple[object, ...]] = set()
         """The different matrix products in bfloat16: operation and shapes. oneDNN compiles a kernel for each."""
 
@@ -67,6 +69,15 @@ class MemoryTrace(TorchDispatchMode):
         """Start a stretch of the code; its peak is kept under `stage label`."""
         self._label = f"{self.stage} {label}".strip()
         self._see()
+
+    @property
+    def total(self) -> float:
+        """Live bytes now."""
+        return sum(self._now.values())
+
+    def restart(self) -> None:
+        """Let `highest` speak of what comes from here on."""
+        self.highest = self.total
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what kind some live tensors are."""
@@ -112,8 +123,10 @@ class MemoryTrace(TorchDispatchMode):
             self._now[storage.kind] -= storage.nbytes
 
     def _see(self) -> None:
+        total = self.total
+        self.highest = max(self.highest, total)
         before = self.peaks.get(self._label)
-        if before is None or sum(self._now.values()) > sum(before.values()):
+        if before is None or total > sum(before.values()):
             self.peaks[self._label] = dict(self._now)
 
 

@@ -105,6 +105,11 @@ class Backbone(nn.Module):
         with self.role(None), one_sequence_a_row():
             return self.branch.bottom(input_ids=input_ids, use_cache=False).to(self.dtype)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes activations again."""
+        return self._recomputes
+
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass, each under the adapter and layout that its forward ran with."""
 

@@ -14,7 +14,7 @@ class ConvertedWeights:
 
     torch's fused optimizers leave no trace on a weight that they write to, so that a copy cannot know it by itself.
     A backward pass needs a layer's copy until it has come to the layer, so that at the end of every forward pass all copies
-    are in memory anyway.
+    are in memory anyway, unless activations are computed again: then they should not be kept.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ConvertedWeights:
             self._kept = before
 
     def forget(self) -> None:
-        """Free all copies: after a step, and where memory runs out."""
+        """Free all copies: before the weights are written to, and where memory runs out."""
         if self._kept is not None:
             self._kept.clear()
 

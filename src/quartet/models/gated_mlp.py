@@ -1,4 +1,4 @@
-"""A whole gated MLP in one pass: nothing of its intermediate size is made twice."""
+"""A whole gated MLP in one pass, whose memory goes from layer to layer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FIRST = 3
 def gated_mlp(states: Tensor, gate: nn.Module, up: nn.Module, activation: Activation, down: nn.Module) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, which keeps x and what `gate` and `up` give.
 
-    On a CPU this is one pass: nothing of the intermediate size is made besides these two, in memory that one layer lends the
-    next, and the backward pass writes their gradients over them. Elsewhere, and in float32 where oneDNN multiplies, the linear
-    layers compute for themselves.
+    On a CPU this is one pass. Of the intermediate size it makes these two and a few rooms that one layer lends the next (a
+    block wide over frozen weights in float32), and the backward pass writes their gradients over them. Elsewhere, and in
+    float32 where oneDNN multiplies, the linear layers compute for themselves.
 
     Args:
         states: x, `[..., hidden]`.

@@ -164,6 +164,11 @@ class TrainedPair(nn.Module):
         """Whether the value is a head on the policy's own states, so that one forward pass serves both."""
         return (self.value.backbone, self.value.adapter) == (self.policy.backbone, self.policy.adapter)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward passes compute activations again."""
+        return self.policy.backbone.recomputes or self.value.backbone.recomputes
+
     def forward(
         self,
         sequences: Sequences,

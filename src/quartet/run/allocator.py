@@ -10,8 +10,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """mallopt(3)."""
 LARGEST = 32 * 2**20
 """The most that glibc lets the bytes be set to from which a block is mapped by itself."""
-NEVER = 2**31 - 1
-"""Free bytes at the end of the heap from which they are returned unasked."""
+NEVER = -1
+"""In place of the free bytes at the end of the heap from which they are returned unasked."""
 RETURNED_FROM = 65_536
 """Bytes from which a block is returned as soon as it is freed, where memory is tight."""
 LARGE = 4 * 2**20
@@ -31,7 +31,8 @@ def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting
         fleeting: whether tensors that come and go are most of what the process will hold: then large ones are.
 
     Returns:
-        The bytes from which blocks are returned; None where they are kept, as on systems without glibc.
+        The bytes from which blocks are returned; None where they are kept (but for those of 32 MiB or more), as on systems
+        without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return None

@@ -71,6 +71,8 @@ class MemoryAccount:
             self._record = predicted_and_measured(estimate, {}) | {"measure": self._record["measure"], "free": free}
             return
         progress.say(f"the memory of this run is not predicted: {reason}")
+        if config.run.parallel_passes is True:
+            progress.say("run.parallel_passes=true has no effect: without a prediction passes come one after the other")
         self._record["not_predicted"] = reason
 
     @property

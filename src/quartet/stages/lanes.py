@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -12,8 +13,12 @@ import torch
 Result = TypeVar("Result")
 
 
+class Stopped(Exception):
+    """A job was left because another failed."""
+
+
 class Lanes:
-    """Runs jobs one after the other, or each in a thread with an equal share of the processor's threads.
+    """Runs jobs one after the other, or each in a thread with its share of the processor's threads.
 
     Small operations leave most of a processor idle when all its threads share each of them: two models on half of the
     threads each take less time than one after the other on all.
@@ -27,6 +32,7 @@ class Lanes:
         assert 1 <= count <= torch.get_num_threads(), f"{count} lanes, {torch.get_num_threads()} threads"
         self.count = count
         self._others: ThreadPoolExecutor | None = None
+        self._failed = Event()
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -44,24 +50,41 @@ class Lanes:
         """What the jobs return. The first runs in this thread; all have ended when this returns or raises.
 
         Raises:
-            BaseException: what a job raised; of several the first job's.
+            BaseException: what a job raised.
         """
         if self._others is None:
             return [job() for job in jobs]
         assert len(jobs) <= self.count, f"{len(jobs)} jobs, {self.count} lanes"
+        self._failed.clear()
         whole = torch.get_num_threads()
-        share = whole // self.count
-        others = [self._others.submit(_with_threads, share, job) for job in jobs[1:]]
+        share = whole // len(jobs)
+        others = [self._others.submit(self._job, share, job) for job in jobs[1:]]
         try:
-            own = _with_threads(share, jobs[0])
+            results = [self._job(whole - share * len(others), jobs[0])]
+        except Stopped:
+            results = []  # what the other raised comes below
         finally:
+            wait(others)
             torch.set_num_threads(whole)
-            for other in others:
-                other.exception()
-        return [own, *(other.result() for other in others)]
+        # An error refers to all that its lane had in memory: nothing here may refer to the error once it is raised.
+        while others:
+            results.append(others.pop(0).result())
+        return results
 
+    def go_on(self) -> None:
+        """For jobs to ask now and then.
 
-def _with_threads(count: int, job: Callable[[], Result]) -> Result:
-    torch.get_num_threads()  # a thread takes the number of the thread that set it last on its first question, not later
-    torch.set_num_threads(count)
-    return job()
+        Raises:
+            Stopped: another job failed.
+        """
+        if self._failed.is_set():
+            raise Stopped
+
+    def _job(self, threads: int, job: Callable[[], Result]) -> Result:
+        torch.get_num_threads()  # a thread takes the number of the thread that set it last on its first question, not later
+        torch.set_num_threads(threads)
+        try:
+            return job()
+        except BaseException:
+            self._failed.set()
+            raise

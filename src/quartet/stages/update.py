@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,17 @@ from quartet.stages.out_of_memory import is_out_of_memory, release_memory
 from quartet.stages.trunks import with_trunks
 from quartet.stages.update_sums import UpdateSums, update_stats
 
-Pass = Callable[[Tensor, Sequences, UpdateSums], Tensor]
-"""From row numbers and their sequences to the losses `[n]` of these rows; adds to the sums."""
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass and the losses that come of it."""
+
+    losses: Callable[[Tensor, Sequences, UpdateSums], Tensor]
+    """From row numbers and their sequences to the losses `[n]` of these rows; adds to the sums."""
+    trunk: str | None
+    """The frozen layers whose states it starts from: by the name of their backbone, none, or all."""
 
 
 class Updater:
@@ -54,7 +64,7 @@ class Updater:
                 backbones in one process, none of which recomputes its activations.
             say: told when microbatches are made smaller because memory ran out.
         """
-        self._trained = trained
+        self._trained: Any = trained
         self._optimizer = optimizer
         self._engine = engine
         self._ppo = ppo
@@ -83,7 +93,7 @@ class Updater:
         """
         with (
             LENDER.keeping(),
-            CONVERTED.keeping(self._in_place),
+            CONVERTED.keeping(self._in_place and not self._trained.recomputes),
             IN_PLACE.added(self._in_place),
             self._lanes.open(),
         ):
@@ -121,7 +131,6 @@ class Updater:
         norm = self._engine.clip_gradients(self._parameters, self._ppo.max_grad_norm).detach()
         bad = self._engine.sum((~(norm.isfinite() & losses.isfinite().all())).int()) > 0
         step_unless(bad, self._optimizer, lambda: self._engine.step(self._optimizer))
-        CONVERTED.forget()
         seen.norms.append(norm)
         sums.merge(seen, bad)
         guard.see(bad, part, losses)
@@ -139,11 +148,18 @@ class Updater:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._alone:
                     raise
-            self._halve_rows()
+            self._take_less()
 
-    def _halve_rows(self) -> None:
+    def _take_less(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         release_memory()
+        if self._lanes.count > 1:
+            self._lanes = Lanes(1)
+            self._say(
+                "out of memory in the update: from now on policy and value take their passes one after the other "
+                "(run.parallel_passes=false does so from the start)"
+            )
+            return
         if self._rows == 1:
             raise TrainingError(
                 "memory ran out in the update with a single sequence (ppo.microbatch_rows=1); `quartet plan --memory` finds "
@@ -174,6 +190,7 @@ class Updater:
                 for passing, own in zip(passes, sums, strict=True)
             ]
         )
+        CONVERTED.forget()  # the weights are about to change
         for other in sums[1:]:
             sums[0].join(other)
         return sums[0], torch.cat([part for part, _ in batches]), torch.stack(losses).sum(0)
@@ -192,9 +209,11 @@ class Updater:
         Args:
             last: no other pass comes after this one in the minibatch.
         """
-        losses = []
+        losses, known = [], batch.scored.trunks
+        trunks = known if passing.trunk == ALL else {name: known[name] for name in known if name == passing.trunk}
         for number, (part, plain) in enumerate(batches, start=1):
-            loss = passing(part, with_trunks(plain, batch.scored.trunks, part), sums)
+            self._lanes.go_on()
+            loss = passing.losses(part, with_trunks(plain, trunks, part), sums)
             self._engine.backward(loss.sum(), last=last and number == len(batches))
             losses.append(loss.detach())
             # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
@@ -222,7 +241,7 @@ class Updater:
         One comes after the other, so that the activations of one model are in memory and not of two, or they run at the same
         time. Where both look at the same states, or are one module of the process engine, there is one pass for both.
         """
-        trained: Any = self._trained
+        trained = self._trained
         rollout_mask, all_value_mask = batch.scored.rollout.response_mask, batch.scored.value_mask
         wanted = {
             "temperature": self._temperature,
@@ -243,7 +262,9 @@ class Updater:
             values = trained.value(sequences, all_value_mask[part])
             return self._value_loss(batch, part, values, sums) / value_tokens
 
-        return [both] if self._engine.one_module or trained.one_pass else [of_policy, of_value]
+        if self._engine.one_module or trained.one_pass:
+            return [Pass(both, ALL)]
+        return [Pass(of_policy, trained.policy.backbone.trunk), Pass(of_value, trained.value.backbone.trunk)]
 
     def _policy_loss(
         self, batch: Advantaged, part: Tensor, logprobs: Tensor, entropy: Tensor | None, sums: UpdateSums
