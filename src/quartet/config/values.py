@@ -26,7 +26,7 @@ def _right_gradients(given: Any) -> Any:
         "quanto-int4": "compiles code when it is first used",
         "hqq": "cannot be loaded by transformers 5",
     }
-    if given in reasons:
+    if isinstance(given, str) and given in reasons:
         raise ValueError(f"models.quantization={given} {reasons[given]}; use 4bit, 8bit or torchao-int8")
     return given
 
