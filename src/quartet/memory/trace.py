@@ -21,7 +21,9 @@ KINDS = (ACTIVATIONS, GRADIENTS, LOGITS, CACHE)
 _DEVICE = torch.ops.prim.device.default
 _LOOKED_UP = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
 """Operations that do the same to shapes and storages as others, whose results torch keeps and looks up."""
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+_PRODUCTS = frozenset(
+    ["aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"]
+)
 Bytes = dict[str, float]
 """Bytes by kind of tensor."""
 
@@ -98,8 +100,9 @@ class MemoryTrace(TorchDispatchMode):
             result = torch.empty_like(args[0])  # as large in oneDNN's own layout, of which fake tensors know nothing
         else:
             result = run()
-        if func.name() in _PRODUCTS and args[0].dtype == torch.bfloat16:
-            self.products.add((func.name(), *(tuple(t.shape) for t in args if isinstance(t, Tensor))))
+        name = func._schema.name  # whatever its overload: with a tensor to write to, say
+        if name in _PRODUCTS and args[0].dtype == torch.bfloat16:
+            self.products.add((name, *(tuple(t.shape) for t in args if isinstance(t, Tensor))))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
