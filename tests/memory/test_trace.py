@@ -80,3 +80,17 @@ def test_depth_is_extrapolated_label_by_label() -> None:
         "forward policy first layer": 410,
         "backward policy last layer": 110,
     }
+
+
+def test_products_in_bfloat16_count_in_every_form() -> None:
+    """oneDNN compiles a kernel for each, whether its result is new, given or added to."""
+    left, right = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16)
+    result = left @ right
+    with MemoryTrace([], vocabulary=-1) as trace:
+        torch.mm(left, right, out=result)
+        assert len(trace.products) == 1
+        result.addmm_(left, right)
+        assert len(trace.products) == 2
+        result.addmm_(left, right)
+        left.float() @ right.float()
+        assert len(trace.products) == 2

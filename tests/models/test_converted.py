@@ -73,3 +73,22 @@ def test_updates_are_the_same_bit_for_bit(
     assert asked > 10
     for key, tensor in found[0].items():
         assert torch.equal(found[1][key], tensor), key
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_no_copies_where_activations_are_computed_again(
+    tiny_run: TinyRun, recomputing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpointing holds the copies of one layer at a time, and is there to save memory."""
+    changes = {"models.dtype": "bfloat16", "models.gradient_checkpointing": recomputing}
+    pipeline = Pipeline(tiny_run(**changes))
+    batch, keeping = batch_of(pipeline), []
+    of = ConvertedWeights.of
+
+    def spy(self: ConvertedWeights, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        keeping.append(self._kept is not None)
+        return of(self, weight, dtype)
+
+    monkeypatch.setattr(ConvertedWeights, "of", spy)
+    pipeline.update(batch)
+    assert set(keeping) == {not recomputing}
