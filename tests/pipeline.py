@@ -45,7 +45,7 @@ class Pipeline:
     def advantages(self, scored: Scored) -> Advantaged:
         return compute_advantages(scored, self.config.ppo, kl_coef=self.config.ppo.kl_coef)
 
-    def updater(self) -> Updater:
+    def updater(self, *, at_once: bool = False) -> Updater:
         loaded, config = self.loaded, self.config
         return Updater(
             loaded.trained,
@@ -54,6 +54,8 @@ class Pipeline:
             config.ppo,
             temperature=config.rollout.temperature,
             seed=config.run.seed,
+            at_once=at_once,
+            say=self.notices.append,
         )
 
     def update(self, batch: Advantaged) -> UpdateStats:

@@ -187,17 +187,8 @@ def test_of_two_passes_at_a_time_one_goes_first(role: str, tiny_run: TinyRun, mo
 
     monkeypatch.setattr(Updater, f"_{role}_loss", limited)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    loaded, config = pipeline.loaded, pipeline.config
-    updater = Updater(
-        loaded.trained,
-        loaded.optimizer,
-        loaded.engine,
-        config.ppo,
-        temperature=config.rollout.temperature,
-        seed=config.run.seed,
-        at_once=True,
-        say=said.append,
-    )
+    updater = pipeline.updater(at_once=True)
+    updater._say = said.append
     for iteration in (1, 2):
         updater.update(batch, iteration=iteration)
         if iteration == 1:

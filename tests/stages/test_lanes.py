@@ -211,11 +211,7 @@ def test_the_same_weights_and_metrics_bit_for_bit(
         torch.set_num_threads(1)
         batch = batch_of(pipeline)
         torch.set_num_threads(2 if at_once else 1)
-        loaded, config = pipeline.loaded, pipeline.config
-        updater = Updater(
-            loaded.trained, loaded.optimizer, loaded.engine, config.ppo, temperature=1.0, seed=3, at_once=at_once
-        )
-        return _updated(pipeline, updater, batch)
+        return _updated(pipeline, pipeline.updater(at_once=at_once), batch)
 
     (expected, numbers), (found, others) = run(at_once=False), run(at_once=True)
     assert len(seen) == 2

@@ -73,7 +73,6 @@ class Session:
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
         return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
-        return_gaps()
         memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
         engine.agree(lambda: None if engine.rank else folder.create(config, memories, fingerprints(inputs)))
         return Session(config, progress, folder, inputs, loaded, memory)

@@ -31,6 +31,7 @@ from quartet.rewards.sources import RewardSource, build_sources, combine
 from quartet.rollout.choose import make_engine, make_vllm_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.sharded import ShardedRollout
+from quartet.run.allocator import return_gaps
 from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.samples import evaluation_prompts
@@ -171,6 +172,7 @@ def load_everything(
         roles = _load(config, inputs, engine)
         optimizer = make_optimizer(roles, config.ppo)
         trained = engine.prepare(roles.trained, optimizer)
+    return_gaps()  # left by loading
     tokenizer, rollout = inputs.tokenizer, config.rollout
     settings = SamplingSettings(
         response_length=rollout.response_length,
