@@ -34,7 +34,7 @@ WORKER = Path(__file__).with_name("memory_plan_worker.py")
 
 def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
     """Peaks of two iterations in a fresh interpreter."""
-    environment = dict(os.environ) | {"QUARTET_CACHE": str(root / "cache")}
+    environment = dict(os.environ)
     if spec.get("parallel"):
         environment["OMP_NUM_THREADS"] = "2"
     if not default_malloc:
@@ -73,6 +73,7 @@ def table(options: argparse.Namespace) -> None:
     known = {row["name"]: row for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
+        os.environ["QUARTET_CACHE"] = str(root / "cache")  # prediction and measurement see the same conversions there
         for size in sorted({spec["size"] for spec in chosen.values()}):
             write_checkpoints(root, size)
         shown = ("cores", "threads", "device", "torch", "transformers")

@@ -143,7 +143,7 @@ def test_what_is_offloaded_does_not_count_against_what_fits(hollow: Any) -> None
     estimator = estimator_for(config)
     plan, choices = plan_for(config.models, estimator.sft, estimator.reward), choices_of(config, estimator.device)
     away = estimator.estimate(plan, replace(choices, offload="cpu")).peak.peak
-    all_weights = estimator.ledger(plan, choices).fixed("every phase").peak
+    all_weights = estimator.holdings.ledger(plan, choices).fixed("every phase").peak
     assert away < all_weights
     found = search(config, estimator, int(away + all_weights) // 2)
     assert found.chosen is not None

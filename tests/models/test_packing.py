@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import FAMILIES, edit_json
 from pipeline import Pipeline, rollout_of, sequences
-from quartet.models import packing
-from quartet.models.layout import Layout, PackedLayout, Places, packed_now
+from quartet.models import backbone, packing
+from quartet.models.layout import Layout, PackedLayout, Places, filled_up, packed_now
 from quartet.models.packing import allow_packing
 from quartet.stages.batching import SequenceTable
 from tiny import TinyRun
@@ -42,12 +43,23 @@ def gradients(pipeline: Pipeline, packed_to: int) -> tuple[list[Tensor], dict[st
     return [logprobs.detach(), entropy.detach(), values.detach()], pipeline.gradients()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def fill_up_to(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for bfloat16, in float32."""
+    monkeypatch.setattr(backbone, "tile_of", lambda *_: tile)
+
+
+@pytest.mark.parametrize(("checkpointing", "tile"), [(False, 1), (True, 1), (False, 8)])
 @pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", PACKED)
 def test_numbers_and_gradients_are_those_of_padded_rows(
-    family: str, changes: dict[str, Any], checkpointing: bool, tiny_run: TinyRun
+    family: str,
+    changes: dict[str, Any],
+    checkpointing: bool,
+    tile: int,
+    tiny_run: TinyRun,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fill_up_to(tile, monkeypatch)
     pipeline = Pipeline(tiny_run(family, **changes, **{"models.gradient_checkpointing": checkpointing}))
     packed, padded = gradients(pipeline, 99), gradients(pipeline, 0)
     for one, other in zip(packed[0], padded[0], strict=True):
@@ -57,8 +69,10 @@ def test_numbers_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(packed[1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max() + 1))
 
 
-def test_the_top_alone_runs_side_by_side(tiny_run: TinyRun) -> None:
+@pytest.mark.parametrize("tile", [1, 8])
+def test_the_top_alone_runs_side_by_side(tile: int, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """From trunk states that scoring kept row by row."""
+    fill_up_to(tile, monkeypatch)
     pipeline = Pipeline(tiny_run(**FULL, **{"models.freeze_layers": 1}))
     batch = pipeline.advantages(pipeline.score(rollout_of(PROMPTS, RESPONSES)))
     table, found = SequenceTable.of(batch.scored.rollout), []
@@ -86,6 +100,26 @@ def test_no_padding_is_computed_and_the_last_mlp_sees_what_is_read(changes: dict
     with torch.no_grad():  # scoring, as the checkpoints compute alone
         pipeline.roles.policy(batch, mask, temperature=1.0)
     assert seen == [3 * 9, 3 * 9]
+
+
+def test_in_bfloat16_tokens_are_filled_up_to_few_shapes(tiny_run: TinyRun) -> None:
+    """oneDNN compiles a kernel for each; 17 tokens and 12 that are read come to 32 and 16, rows of 9 cells to 16."""
+    pipeline = Pipeline(tiny_run(**FULL, **{"models.dtype": "bfloat16"}))
+    batch, mask = sequences(PROMPTS, RESPONSES)
+    policy, seen = pipeline.roles.policy, set[int]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+                seen.update(size for t in args if isinstance(t, Tensor) for size in t.shape)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        policy(batch, mask, temperature=1.0)[0].sum().backward()
+    config = policy.backbone.model.config
+    assert {16, 32} < seen
+    assert not seen & {9, 12, 17}, "the lengths themselves"
+    assert config.hidden_size in seen
 
 
 def test_sequences_longer_than_the_sliding_window_are_padded(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -185,6 +219,22 @@ def test_places_and_their_gradients() -> None:
     assert places.lengthen(short).tolist() == [[1, 2], [0, 0], [3, 4], [0, 0], [0, 0], [5, 6]]
     for act, rows in ((places.shorten, long), (places.lengthen, short)):
         assert torch.autograd.gradcheck(act, rows.double().requires_grad_())
+
+
+def test_rows_that_fill_up_pass_on_no_gradient() -> None:
+    places = Places.of(np.array([False, True, False, True, True]), torch.device("cpu"), 4)
+    long, short = (torch.arange(float(rows)).view(rows, 1).requires_grad_() for rows in (5, 4))
+    shortened, lengthened = places.shorten(long), places.lengthen(short)
+    assert shortened.flatten().tolist() == [1, 3, 4, 1]
+    assert lengthened.flatten().tolist() == [0, 0, 0, 1, 2]
+    shortened.backward(torch.tensor([[1.0], [10], [100], [1000]]))
+    lengthened.backward(torch.tensor([[1.0], [10], [100], [1000], [10000]]))
+    assert long.grad is not None
+    assert long.grad.flatten().tolist() == [0, 1, 0, 10, 100]
+    assert short.grad is not None
+    assert short.grad.flatten().tolist() == [10, 1000, 10000, 0]
+    assert filled_up(torch.tensor([5, 7, 9]), 4).tolist() == [5, 7, 9, 5]
+    assert not len(filled_up(torch.empty(0), 4))
 
 
 def test_where_the_states_lie() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quartet.distributed import CUTTING
 from quartet.memory.adapter_sizes import TensorSizes
-from quartet.memory.choices import Choices, torch_dtype
+from quartet.memory.choices import Choices, Workload, torch_dtype
 from quartet.memory.figures import RoleBytes
 from quartet.memory.shapes import BackboneShape
 from quartet.models.cache import largest_to_convert
@@ -24,10 +24,14 @@ WITH_ENGINE = 5 * 2**20
 fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
 benchmark without an engine keeps as much; the two iterations of benchmarks/memory_plan.py, with prompts of one length, do
 not."""
-KERNEL = 550 * 2**10
+IN_BFLOAT16 = 8 * 2**20
+"""In place of `LIBRARIES` where oneDNN multiplies in bfloat16, beside the model code of loading and the compiled kernels."""
+KERNEL = 600 * 2**10
 """On a CPU: what oneDNN keeps for one matrix product in bfloat16 of one shape (the compiled kernel and its buffers)."""
 KERNELS = 1024
 """Kernels that oneDNN keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+PROMPT_LENGTHS = 2
+"""Lengths to which the prompts of a rollout are padded, in a batch whose longest is up to twice as long as its shortest."""
 AT_LOAD = int(2.2 * 2**20)
 """The part of `LIBRARIES` that loading brings in: model code that is imported."""
 ADAPTERS_AT_LOAD = int(0.8 * 2**20)
@@ -44,28 +48,33 @@ def libraries_at_load(
     plan: SharingPlan,
     roles: Iterable[RoleBytes],
     shapes: Sequence[BackboneShape],
-    adapters: Sequence[TensorSizes],
     quantization: str | None,
+    objects: float,
     converting: float,
 ) -> float:
     """Bytes at the peak of loading beside weights and adapters: an adapter's file is read beside the adapter that it fills.
 
     Args:
-        shapes, adapters: of all backbones, and of all adapters on them.
+        shapes: of all backbones.
+        objects: `model_objects`.
         converting: while frozen checkpoints are converted, which happens among the loading of the others.
     """
     specs = [adapter for spec in plan.backbones for adapter in spec.adapters]
     read = {adapter.name for adapter in specs if adapter.source is not None}
     fills: set[str] = {view.role for view in plan.views if view.adapter is not None and view.adapter in read}
     largest = max((role.adapters for role in roles if role.role in fills), default=0)
-    objects = MODULES * sum(len(shape.tensors) for shape in shapes)
-    objects += ADAPTER_MODULES * sum(tensors for sizes in adapters for _, tensors in sizes.counts)
     quantizing = 0.0
     if quantization is not None:
         layer = max((math.prod(shape.tensors[name]) for shape in shapes for name in shape.linear), default=0)
         quantizing = layer * QUANTIZING.get(quantization, 0.0)
     imported = AT_LOAD + ADAPTERS_AT_LOAD * bool(specs)
     return imported + max(objects + max(largest, quantizing), converting)
+
+
+def model_objects(shapes: Iterable[BackboneShape], adapters: Iterable[TensorSizes]) -> int:
+    """Bytes of the Python objects of all backbones, and of all adapters on them."""
+    objects = MODULES * sum(len(shape.tensors) for shape in shapes)
+    return objects + ADAPTER_MODULES * sum(tensors for sizes in adapters for _, tensors in sizes.counts)
 
 
 def converting(plan: SharingPlan, choices: Choices, info_of: Callable[[BackboneSpec], CheckpointInfo]) -> int:
@@ -77,6 +86,31 @@ def converting(plan: SharingPlan, choices: Choices, info_of: Callable[[BackboneS
     return max((largest_to_convert(info_of(spec), dtype) for spec in frozen), default=0)
 
 
-def libraries_in_phases(engine: str, quantization: str | None) -> float:
-    """Bytes that libraries keep in the phases after loading."""
-    return (WITH_4BIT if quantization == "4bit" else LIBRARIES) + WITH_ENGINE * (engine != "none")
+def libraries_in_phases(choices: Choices, objects: float) -> float:
+    """Bytes that libraries keep in the phases after loading, without kernels.
+
+    Args:
+        objects: `model_objects`.
+    """
+    kept = WITH_4BIT if choices.quantization == "4bit" else LIBRARIES
+    if choices.dtype == "bfloat16" and choices.quantization is None:
+        kept = AT_LOAD + int(objects) + IN_BFLOAT16
+    return kept + WITH_ENGINE * (choices.engine != "none")
+
+
+def kernels(products: Mapping[str, int], choices: Choices, workload: Workload) -> float:
+    """Bytes of the kernels for bfloat16 that the phases leave compiled on a CPU.
+
+    Args:
+        products: different matrix products of a batch in each phase. Each batch has a width of its own, and so have its
+            products' shapes; prompts of a rollout are read in groups of several lengths.
+    """
+    if choices.dtype != "bfloat16":
+        return 0
+    rows, step = workload.process_rows(choices.world_size), workload.minibatch_rows(choices.world_size)
+    batches = {
+        "rollout": PROMPT_LENGTHS,
+        "scoring": -(-rows // choices.scoring_rows),
+        "update": -(-rows // min(choices.microbatch_rows, step)),
+    }
+    return KERNEL * min(sum(batches[name] * count for name, count in products.items()), KERNELS)

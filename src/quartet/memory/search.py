@@ -195,7 +195,7 @@ class _Trial:
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
             choices = replace(choices, parallel_passes=False)
             if plan is not None and choices == _fewest(choices):
-                ledger = self._estimator.ledger(plan, choices)
+                ledger = self._estimator.holdings.ledger(plan, choices)
                 least = [phase.peak for phase in _at_least(choices, ledger)]
                 open_ones.append((least, place, plan, choices, candidate.change))
         best: tuple[PhaseBytes, int, Change] | None = None
@@ -230,7 +230,7 @@ class _Trial:
         return self._hopeless[key]
 
     def _exceeded(self, plan: SharingPlan, choices: Choices) -> PhaseBytes | None:
-        ledger = self._estimator.ledger(plan, choices)
+        ledger = self._estimator.holdings.ledger(plan, choices)
         for phase in (*_at_least(choices, ledger), ledger.load):
             if phase.peak > self._memory:
                 return phase

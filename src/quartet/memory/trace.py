@@ -28,6 +28,11 @@ Bytes = dict[str, float]
 """Bytes by kind of tensor."""
 
 
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions of a tensor from the one with the widest steps to the one with the narrowest."""
+    return tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
 class NotTraceable(CheckpointError):
     """A family of models whose code does not run on shapes alone, so that its memory cannot be predicted."""
 
@@ -102,7 +107,7 @@ class MemoryTrace(TorchDispatchMode):
             result = run()
         name = func._schema.name  # whatever its overload: with a tensor to write to, say
         if name in _PRODUCTS and args[0].dtype == torch.bfloat16:
-            self.products.add((name, *(tuple(t.shape) for t in args if isinstance(t, Tensor))))
+            self.products.add((name, *((tuple(t.shape), _order(t)) for t in args if isinstance(t, Tensor))))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from quartet.models.attention import one_sequence_a_row
 from quartet.models.branch import Branch
 from quartet.models.layout import Layout, PackedLayout, packed_as, packed_now
 from quartet.models.plan import BackboneSpec
-from quartet.models.precision import autocast
+from quartet.models.precision import autocast, tile_of
 from quartet.records import Sequences
 
 
@@ -61,6 +62,11 @@ class Backbone(nn.Module):
         sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())  # DeepSpeed leaves its count there
         return sum(sizes) * self.dtype.itemsize
 
+    @cached_property
+    def tile(self) -> int:
+        """Rows of which products should have a multiple."""
+        return tile_of(self.device, self.dtype)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to the computation dtype."""
         return autocast(self.device, self.dtype, keeping=self.weights.are_whole)
@@ -83,7 +89,7 @@ class Backbone(nn.Module):
         """
         known = torch.is_grad_enabled() and sequences.responses is not None
         if known and sequences.input_ids.shape[1] <= self.packs_up_to:
-            return PackedLayout.of(sequences)
+            return PackedLayout.of(sequences, self.tile)
         return Layout.padded(sequences)
 
     def hidden(self, layout: Layout, adapter: str | None) -> Tensor:

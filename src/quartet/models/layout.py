@@ -16,32 +16,46 @@ from torch.autograd.function import once_differentiable
 from quartet.records import Sequences
 
 
+def filled_up(places: Tensor, multiple: int) -> Tensor:
+    """`[n]` places with the first of them again until there are a multiple of so many; none stay none."""
+    return torch.cat([places, places[:1].expand(-len(places) % multiple)])
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Which rows of a long tensor a short one holds."""
 
     in_long: Tensor
-    """int64 `[short]`: the row of the long tensor that each row of the short one is."""
+    """int64 `[short + filler]`: the row of the long tensor that each row of the short one is."""
     in_short: Tensor
     """int64 `[long]`: the reverse; any row where the short tensor has none."""
     missing: Tensor
     """int64 `[long - short]`: rows of the long tensor that the short one has not."""
+    filler: int = 0
+    """Rows at the end of the short tensor that are no row of the long one: they repeat its first, and pass on no gradient."""
 
     @staticmethod
-    def of(held: np.ndarray, device: torch.device) -> Places:
-        """The short tensor holds the rows where `held` is True, in order; the host does not wait for the device."""
+    def of(held: np.ndarray, device: torch.device, multiple: int = 1) -> Places:
+        """The short tensor holds the rows where `held` is True, in order; the host does not wait for the device.
+
+        Args:
+            multiple: the short tensor is filled up to a multiple of so many rows.
+        """
         flat = held.ravel()
         in_short = np.maximum(flat.cumsum() - 1, 0)
-        found = (np.flatnonzero(flat), in_short, np.flatnonzero(~flat))
-        return Places(*(torch.tensor(places).to(device, non_blocking=True) for places in found))
+        in_long = np.flatnonzero(flat)
+        filler = -len(in_long) % multiple
+        found = (np.append(in_long, np.full(filler, in_long[0])), in_short, np.flatnonzero(~flat))
+        long, short, missing = (torch.tensor(places).to(device, non_blocking=True) for places in found)
+        return Places(long, short, missing, filler)
 
     def shorten(self, rows: Tensor) -> Tensor:
-        """`[long, ...]` to `[short, ...]`."""
+        """`[long, ...]` to `[short + filler, ...]`."""
         apply: Callable[..., Tensor] = _Shortened.apply
         return apply(rows, self)
 
     def lengthen(self, rows: Tensor) -> Tensor:
-        """`[short, ...]` to `[long, ...]`, zeros where the short tensor has no row."""
+        """`[short + filler, ...]` to `[long, ...]`, zeros where the short tensor has no row."""
         apply: Callable[..., Tensor] = _Lengthened.apply
         return apply(rows, self)
 
@@ -72,7 +86,10 @@ class _Lengthened(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.places.in_long), None
+        places = ctx.places
+        short = gradient.index_select(0, places.in_long)
+        short[len(short) - places.filler :] = 0
+        return short, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,29 +143,42 @@ class PackedLayout(Layout):
     """n sequences side by side in one row. Attention alone sees them one a row; the last layer's MLP and the heads see only
     the tokens whose states are read: from each prompt's last token on."""
 
+    tokens: Tensor
+    """int64 `[tokens]`: their places among the `[n * L]` of the sequences, the filler's too."""
+    length: int
+    """Cells of a row: L, or more to fill it up."""
     cells: Places
-    """The tokens among the cells `[n * L]` of the padded layout."""
+    """The tokens among the cells `[n * length]` of one sequence a row."""
     read: Places
     """The tokens whose last states are read, among all tokens."""
 
     @staticmethod
-    def of(sequences: Sequences) -> PackedLayout:
-        """Side by side; the host must know the lengths."""
+    def of(sequences: Sequences, multiple: int = 1) -> PackedLayout:
+        """Side by side; the host must know the lengths.
+
+        Args:
+            multiple: the tokens, those that are read, and the cells of a row are filled up to a multiple of so many.
+        """
         assert sequences.prompts is not None
         assert sequences.responses is not None
         ids, device = sequences.input_ids, sequences.input_ids.device
         prompts, responses = np.array(sequences.prompts), np.array(sequences.responses)
-        column = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        rows, length = ids.shape
+        column = np.broadcast_to(np.arange(length + -length % multiple), (rows, length + -length % multiple))
         real = column < (prompts + responses)[:, None]
-        cells = Places.of(real, device)
-        read = Places.of((column >= prompts[:, None] - 1)[real], device)
-        positions = torch.tensor(column[real]).to(device, non_blocking=True)
+        cells = Places.of(real, device, multiple)
+        none = np.zeros(cells.filler, dtype=np.int64)
+        read = Places.of(np.append((column >= prompts[:, None] - 1)[real], none > 0), device, multiple)
+        positions = torch.tensor(np.append(column[real], none)).to(device, non_blocking=True)
         last = torch.tensor((responses + 1).cumsum() - 1).to(device, non_blocking=True)
+        found = np.flatnonzero(real[:, :length])
+        tokens = torch.tensor(np.append(found, none)).to(device, non_blocking=True)
         arguments = {
-            "input_ids": ids.flatten().index_select(0, cells.in_long).unsqueeze(0),
+            "input_ids": ids.flatten().index_select(0, tokens).unsqueeze(0),
             "position_ids": positions.unsqueeze(0),
         }
-        return PackedLayout(sequences, arguments, last - sequences.response_lengths, last, cells, read)
+        first = last - sequences.response_lengths
+        return PackedLayout(sequences, arguments, first, last, tokens, column.shape[1], cells, read)
 
     def active(self) -> AbstractContextManager[None]:
         """Attention and the last MLP find the layout."""
@@ -157,21 +187,20 @@ class PackedLayout(Layout):
     def trunk(self, name: str) -> Tensor | None:
         """As `Layout.trunk`."""
         states = self.sequences.trunks.get(name)
-        return None if states is None else states.flatten(0, 1).index_select(0, self.cells.in_long).unsqueeze(0)
+        return None if states is None else states.flatten(0, 1).index_select(0, self.tokens).unsqueeze(0)
 
     def states(self, hidden: Tensor) -> Tensor:
         """As `Layout.states`, of the tokens that are read."""
         return self.read.shorten(hidden.squeeze(0))
 
     def one_a_row(self, heads: Tensor) -> Tensor:
-        """`[1, heads, tokens, d]` to `[n, heads, L, d]`."""
+        """`[1, heads, tokens, d]` to `[n, heads, length, d]`."""
         width = heads.shape[-1]
         rows = self.cells.lengthen(heads.squeeze(0).transpose(0, 1).flatten(1))
-        shape = self.sequences.input_ids.shape
-        return rows.view(*shape, -1, width).transpose(1, 2)
+        return rows.view(-1, self.length, heads.shape[1], width).transpose(1, 2)
 
     def side_by_side(self, mixed: Tensor) -> Tensor:
-        """`[n, L, heads, d]` to `[1, tokens, heads, d]`."""
+        """`[n, length, heads, d]` to `[1, tokens, heads, d]`."""
         return self.cells.shorten(mixed.flatten(2).flatten(0, 1)).view(1, -1, *mixed.shape[2:])
 
 

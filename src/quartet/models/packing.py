@@ -48,13 +48,13 @@ def allow_packing(roles: Roles) -> None:
 
 def _agrees(backbone: Backbone, adapter: str | None) -> bool:
     ids = torch.arange(2 * LONGEST_TRIED, device=backbone.device).view(2, -1) % 8
-    padded, packed = (kind(_sequences(ids)) for kind in (Layout.padded, PackedLayout.of))
+    padded, packed = Layout.padded(_sequences(ids)), PackedLayout.of(_sequences(ids), backbone.tile)
     expected = _states(backbone, padded, adapter)
     ids = ids.clone()
     ids[0] = (ids[0] + 3) % 8
     try:
         found = _states(backbone, packed, adapter)
-        beside_another = _states(backbone, PackedLayout.of(_sequences(ids)), adapter)
+        beside_another = _states(backbone, PackedLayout.of(_sequences(ids), backbone.tile), adapter)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a family whose code makes a mask of its own, say

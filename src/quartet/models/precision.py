@@ -8,6 +8,10 @@ import torch
 
 from quartet.errors import ConfigError
 
+TILE = 16
+"""Rows that oneDNN's kernels for bfloat16 multiply at once. It compiles a kernel for each shape, which takes a few milliseconds
+and half a megabyte."""
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is a GPU.
@@ -38,6 +42,11 @@ def autocast(device: torch.device, dtype: torch.dtype, *, keeping: bool = True) 
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype, cache_enabled=keeping and torch.is_grad_enabled())
+
+
+def tile_of(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows to a multiple of which the update fills up its products: tokens of all lengths then come to few shapes."""
+    return TILE if (device.type, dtype) == ("cpu", torch.bfloat16) else 1
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
 from quartet.models.heads import LogitHead, ScalarHead
-from quartet.models.layout import Layout
+from quartet.models.layout import Layout, filled_up
 from quartet.models.linear_head import linear_logprobs
 from quartet.models.linears import Weights
 from quartet.models.plan import Role, SharingPlan
@@ -79,8 +79,8 @@ class LanguageView(nn.Module):
         """The same from last hidden states `[m, H]`."""
         sequences = layout.sequences
         row, step = sequences.places(mask)
-        selected = hidden[layout.before(row, step)]
-        tokens = sequences.response_tokens(row, step)
+        places = [filled_up(places, self.backbone.tile) for places in (row, step)]
+        selected, tokens = hidden[layout.before(*places)], sequences.response_tokens(*places)
         with self.backbone.role(self.adapter), self.backbone.weights.head():
             trained = self.head.trainable and torch.is_grad_enabled()
             linear = self._linear_head() if trained else None
@@ -105,7 +105,8 @@ class LanguageView(nn.Module):
                     entropy_grad=entropy_grad,
                 )
         zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        placed = [None if flat is None else zeros.index_put((row, step), flat) for flat in (logprobs, entropy)]
+        found = [None if flat is None else flat[: len(row)] for flat in (logprobs, entropy)]
+        placed = [None if flat is None else zeros.index_put((row, step), flat) for flat in found]
         assert placed[0] is not None
         return placed[0], placed[1]
 
