@@ -202,7 +202,7 @@ def test_divergence_ends_a_run_with_its_last_good_checkpoint(
 
     def score(session: Session, rollout: Any) -> Any:
         if session.state.iteration == 2:
-            monkeypatch.setattr("quartet.stages.update.clipped_policy_loss", spoiled)
+            monkeypatch.setattr("quartet.stages.passes.clipped_policy_loss", spoiled)
         return plain(session, rollout)
 
     plain = Session.score
@@ -232,7 +232,7 @@ def test_bad_steps_in_a_row_are_counted_over_a_checkpoint(
         calls += 1
         return clipped_policy_loss(*given, **options) * (math.nan if calls in (4, 5) else 1.0)
 
-    monkeypatch.setattr("quartet.stages.update.clipped_policy_loss", spoiled)
+    monkeypatch.setattr("quartet.stages.passes.clipped_policy_loss", spoiled)
     with pytest.raises(TrainingError, match=r"ppo\.max_bad_steps=2 in a row"):
         train(values)
     run = Path(values["run"]["dir"])
@@ -278,7 +278,7 @@ def test_memory_that_runs_out(stage: str, values: dict[str, Any], monkeypatch: p
             monkeypatch.setattr(engine, "generate", full)
         said = r"memory ran out in the rollout; lower rollout\.batch_rows, .* go on from step-000000"
     else:
-        monkeypatch.setattr("quartet.stages.update.clipped_policy_loss", full)
+        monkeypatch.setattr("quartet.stages.passes.clipped_policy_loss", full)
         said = r"memory ran out in the update with a single sequence"
     with pytest.raises(TrainingError, match=said):
         train(values)

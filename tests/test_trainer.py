@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,25 @@ WAYS: dict[str, dict[str, Any]] = {
     "paired": {"models.sharing": "paired", **LORA},
     "frozen layers": {"models.freeze_layers": 1},
     "trunk": {"models.value_model": "trunk", "models.value_head_init": "zero"},
+    "at the same time": {
+        "models.sharing": "paired",
+        **LORA,
+        "models.dtype": "bfloat16",
+        "run.parallel_passes": True,
+        "ppo.microbatch_rows": 1,
+    },
 }
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """What a test may change."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("plan", "at", "stage"),
     [
@@ -131,6 +148,7 @@ WAYS: dict[str, dict[str, Any]] = {
             ("paired", 3, "evaluation"),
         ],
         *[("frozen layers", 4, "update"), ("trunk", 4, "scoring"), ("separate with LoRA", 3, "update")],
+        ("at the same time", 4, "update"),
     ],
 )
 def test_resuming_gives_the_uninterrupted_run(
@@ -138,7 +156,11 @@ def test_resuming_gives_the_uninterrupted_run(
 ) -> None:
     changes = {**RESUMED, **WAYS[plan]}
     values = tiny_run("llama", "sft", "reward-lora" if plan == "single" else "reward", **changes)
+    if plan == "at the same time":
+        torch.set_num_threads(2)
     whole = train(values)
+    chosen = json.loads((whole / "plan.json").read_text())["memory"]["choices"]
+    assert chosen["parallel_passes"] is (plan == "at the same time")
     broken = Path(values["run"]["dir"]).with_name("broken")
     with pytest.raises(Crash):
         train(changed(values, {"run.dir": str(broken)}), progress=Crashing(at, stage))
@@ -155,6 +177,22 @@ def test_resuming_gives_the_uninterrupted_run(
     newest = "checkpoints/step-000005"
     assert_same_weights(broken / newest, whole / newest)
     assert (broken / newest / "state.json").read_text() == (whole / newest / "state.json").read_text()
+
+
+@pytest.mark.usefixtures("threads")
+def test_resuming_on_one_thread_says_that_passes_no_longer_run_at_the_same_time(tiny_run: TinyRun) -> None:
+    values = tiny_run(**{**RESUMED, **WAYS["at the same time"]})
+    torch.set_num_threads(2)
+    with pytest.raises(Crash):
+        train(values, progress=Crashing(4, "update"))
+    torch.set_num_threads(1)
+    progress, said = Progress(), []
+    progress.say = said.append
+    resume(Path(values["run"]["dir"]), progress=progress)
+    assert [line for line in said if "OMP_NUM_THREADS" in line] == [
+        "torch has one thread here (OMP_NUM_THREADS): policy and value take their passes one after the other, and no longer at "
+        "the same time, so that the last digits of the results may change"
+    ]
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny_run: TinyRun) -> None:

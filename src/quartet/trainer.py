@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quartet.config import Config, parse_config
 from quartet.distributed import joined
 from quartet.errors import Interrupted
@@ -57,6 +59,13 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
 def _run(session: Session) -> Path:
     """All iterations that are left, then the export."""
     config, progress = session.config, session.progress
+    at_once = session.memory.parallel_passes
+    if at_once and torch.get_num_threads() == 1:
+        at_once = False
+        progress.say(
+            "torch has one thread here (OMP_NUM_THREADS): policy and value take their passes one after the other, and no "
+            "longer at the same time, so that the last digits of the results may change"
+        )
     updater = Updater(
         session.loaded.trained,
         session.loaded.optimizer,
@@ -64,7 +73,7 @@ def _run(session: Session) -> Path:
         config.ppo,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
-        at_once=session.memory.parallel_passes,
+        at_once=at_once,
         say=progress.say,
     )
     progress.start(config.ppo.iterations, f"{session.inputs.plan.name} plan, {session.folder.path}")

@@ -94,6 +94,8 @@ def test_products_in_bfloat16_count_in_every_form() -> None:
         result.addmm_(left, right)
         left.float() @ right.float()
         assert len(trace.products) == 2
-        across = right.t().contiguous().t()  # as a linear layer multiplies, where its backward pass has the weight upright
+        across = (
+            right.t().contiguous().t()
+        )  # as a linear layer multiplies, where its backward pass has the weight upright
         torch.mm(left, across)
         assert len(trace.products) == 3

@@ -14,7 +14,7 @@ from quartet.models.roles import ScalarView
 from quartet.records import Advantaged
 from quartet.stages.bad_steps import step_unless
 from quartet.stages.batching import SequenceTable
-from quartet.stages.update import Updater
+from quartet.stages.passes import Losses
 from stages_batch import LENGTHS, assert_same, batch_of
 from tiny import TinyRun
 
@@ -176,16 +176,16 @@ def test_of_two_passes_at_a_time_one_goes_first(role: str, tiny_run: TinyRun, mo
     whole.update(batch_of(whole))
     pipeline, said, failed = Pipeline(tiny_run(**settings)), [], 0
     batch = batch_of(pipeline)
-    loss = getattr(Updater, f"_{role}_loss")
+    loss = getattr(Losses, f"_{role}_loss")
 
-    def limited(self: Updater, *given: Any) -> torch.Tensor:
+    def limited(self: Losses, *given: Any) -> torch.Tensor:
         nonlocal failed
-        if self._lanes.count > 1:
+        if updater._lanes.count > 1:
             failed += 1
             raise MemoryError
         return loss(self, *given)
 
-    monkeypatch.setattr(Updater, f"_{role}_loss", limited)
+    monkeypatch.setattr(Losses, f"_{role}_loss", limited)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     updater = pipeline.updater(at_once=True)
     updater._say = said.append

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quartet.models.adapters import adapter_parameters
 from quartet.models.backbone import Backbone
+from quartet.models.frozen_head import frozen_logprobs
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.layout import Layout, filled_up
 from quartet.models.linear_head import linear_logprobs
@@ -20,6 +22,8 @@ from quartet.models.residency import Residency
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
 
+WORK_OF_LOGIT = 0
+"""Multiplications in whose time the softmax and its gradient take a logit."""
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at once."""
 
@@ -66,6 +70,17 @@ class LanguageView(nn.Module):
             hidden, layout, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
 
+    def work(self, read: float) -> float:
+        """Multiplications of a token in a pass forward and backward.
+
+        Args:
+            read: share of the tokens whose logits are needed.
+        """
+        vocabulary = self.backbone.model.config.get_text_config().vocab_size
+        # The logits are computed again in the backward pass.
+        head = self.head.size * (4 if self.head.trainable else 3) + vocabulary * WORK_OF_LOGIT
+        return self.backbone.work + read * float(head)
+
     def from_hidden(
         self,
         hidden: Tensor,
@@ -82,39 +97,32 @@ class LanguageView(nn.Module):
         places = [filled_up(places, self.backbone.tile) for places in (row, step)]
         selected, tokens = hidden[layout.before(*places)], sequences.response_tokens(*places)
         with self.backbone.role(self.adapter), self.backbone.weights.head():
-            trained = self.head.trainable and torch.is_grad_enabled()
-            linear = self._linear_head() if trained else None
-            if linear is not None:
-                logprobs, entropy = linear_logprobs(
-                    selected,
-                    linear,
-                    tokens,
-                    temperature=temperature,
-                    with_entropy=with_entropy,
-                    entropy_grad=entropy_grad,
-                )
-            else:
-                logprobs, entropy = chunked_logprobs(
-                    selected,
-                    self.head,
-                    tokens,
-                    temperature=temperature,
-                    chunk_tokens=CHUNK_TOKENS,
-                    with_entropy=with_entropy,
-                    head_trainable=trained,
-                    entropy_grad=entropy_grad,
-                )
+            logprobs, entropy = self._logprobs(selected, tokens, temperature, with_entropy, entropy_grad)
         zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         found = [None if flat is None else flat[: len(row)] for flat in (logprobs, entropy)]
         placed = [None if flat is None else zeros.index_put((row, step), flat) for flat in found]
         assert placed[0] is not None
         return placed[0], placed[1]
 
+    def _logprobs(
+        self, hidden: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, entropy_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and entropy `[N]` from states `[N, H]`; a head that is one layer is taken apart where a gradient
+        flows through it."""
+        learns = torch.is_grad_enabled()
+        trained, linear = self.head.trainable and learns, self._linear_head() if learns else None
+        wanted: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
+        if linear is not None and linear.weight.requires_grad:
+            return linear_logprobs(hidden, linear, tokens, **wanted, entropy_grad=entropy_grad)
+        if linear is not None and hidden.requires_grad and not (trained or entropy_grad):
+            return frozen_logprobs(hidden, linear, tokens, **wanted)
+        wanted |= {"chunk_tokens": CHUNK_TOKENS, "head_trainable": trained, "entropy_grad": entropy_grad}
+        return chunked_logprobs(hidden, self.head, tokens, **wanted)
+
     def _linear_head(self) -> Weights | None:
         """The head's weights, where taking it apart pays: on the CPU (elsewhere unmeasured), and where it is one layer."""
         here = self.backbone.weights.are_whole and self.backbone.device.type == "cpu"
-        found = self.head.linear if here else None
-        return None if found is None or not found.weight.requires_grad else found
+        return self.head.linear if here else None
 
 
 class ScalarView(nn.Module):
@@ -135,6 +143,10 @@ class ScalarView(nn.Module):
         """
         layout = self.backbone.lay_out(sequences)
         return self.from_hidden(self.backbone.hidden(layout, self.adapter), layout, mask)
+
+    def work(self, read: float) -> float:
+        """As of a `LanguageView`; the head is next to nothing."""
+        return self.backbone.work
 
     def from_hidden(self, hidden: Tensor, layout: Layout, mask: Tensor) -> Tensor:
         """The same from last hidden states `[m, H]`."""

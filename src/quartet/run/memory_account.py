@@ -95,7 +95,7 @@ class MemoryAccount:
     @property
     def parallel_passes(self) -> bool:
         """Whether policy and value take their passes at the same time; not where the memory of that is not predicted."""
-        return bool(self._record.get("choices", {}).get("parallel_passes")) and torch.get_num_threads() > 1
+        return bool(self._record.get("choices", {}).get("parallel_passes"))
 
     @contextmanager
     def measuring(self, phase: str) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,26 +15,14 @@ from quartet.errors import TrainingError
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
-from quartet.ops.losses import approx_kl, clipped_policy_loss, clipped_value_loss, policy_clipped, value_clipped
 from quartet.records import Advantaged, Sequences, UpdateStats
 from quartet.stages.bad_steps import BadSteps, step_unless
 from quartet.stages.batching import SequenceTable, microbatches
-from quartet.stages.lanes import Lanes
+from quartet.stages.lanes import Lanes, left_for_all
 from quartet.stages.out_of_memory import is_out_of_memory, release_memory
+from quartet.stages.passes import ALL, Losses, Pass
 from quartet.stages.trunks import with_trunks
 from quartet.stages.update_sums import UpdateSums, update_stats
-
-ALL = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A forward pass and the losses that come of it."""
-
-    losses: Callable[[Tensor, Sequences, UpdateSums], Tensor]
-    """From row numbers and their sequences to the losses `[n]` of these rows; adds to the sums."""
-    trunk: str | None
-    """The frozen layers whose states it starts from: by the name of their backbone, none, or all."""
 
 
 class Updater:
@@ -68,7 +55,7 @@ class Updater:
         self._optimizer = optimizer
         self._engine = engine
         self._ppo = ppo
-        self._temperature = temperature
+        self._losses = Losses(trained, ppo, temperature=temperature, one_module=engine.one_module)
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._rows = ppo.microbatch_rows
@@ -182,18 +169,33 @@ class Updater:
             IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
         else:
             self._optimizer.zero_grad(set_to_none=True)
-        passes = self._passes(batch, policy_tokens, value_tokens)
+        passes = self._losses.passes(batch, policy_tokens, value_tokens, table.read, with_entropy=self._with_entropy)
         sums = [UpdateSums() for _ in passes]
-        losses = self._lanes.run(
-            [
-                partial(self._one_pass, batch, batches, passing, own, last=passing is passes[-1])
-                for passing, own in zip(passes, sums, strict=True)
-            ]
-        )
+        losses = self._shared_out(batch, batches, passes, sums)
         CONVERTED.forget()  # the weights are about to change
         for other in sums[1:]:
             sums[0].join(other)
         return sums[0], torch.cat([part for part, _ in batches]), torch.stack(losses).sum(0)
+
+    def _shared_out(
+        self, batch: Advantaged, batches: list[tuple[Tensor, Sequences]], passes: list[Pass], sums: list[UpdateSums]
+    ) -> list[Tensor]:
+        """`_one_pass` for each pass, on the lanes; what of the heavier one is left when the other ends comes after, on all
+        threads. How much that is follows from their arithmetic, and not from the time that they take."""
+        works = [passing.work for passing in passes]
+        heavier, left = works.index(max(works)), 0
+        if self._lanes.count > 1 and len(passes) > 1:
+            left = left_for_all(max(works) / min(works), len(batches))
+
+        def job(number: int, part: list[tuple[Tensor, Sequences]]) -> Callable[[], Tensor]:
+            passing = passes[number]
+            return partial(self._one_pass, batch, part, passing, sums[number], last=passing is passes[-1])
+
+        cut = len(batches) - left
+        losses = self._lanes.run([job(n, batches[:cut] if n == heavier else batches) for n in range(len(passes))])
+        if left:
+            losses[heavier] = torch.cat([losses[heavier], *self._lanes.run([job(heavier, batches[cut:])])])
+        return losses
 
     def _one_pass(
         self,
@@ -234,66 +236,3 @@ class Updater:
     def _own(self, table: SequenceTable, rows: list[int]) -> list[int]:
         """This process's episodes of a minibatch: as many for each, of like lengths."""
         return table.by_length(rows)[self._engine.rank :: self._engine.world_size]
-
-    def _passes(self, batch: Advantaged, policy_tokens: Tensor, value_tokens: Tensor) -> list[Pass]:
-        """What gives the losses of a microbatch's rows, to be added up: the policy's, then the value's.
-
-        One comes after the other, so that the activations of one model are in memory and not of two, or they run at the same
-        time. Where both look at the same states, or are one module of the process engine, there is one pass for both.
-        """
-        trained = self._trained
-        rollout_mask, all_value_mask = batch.scored.rollout.response_mask, batch.scored.value_mask
-        wanted = {
-            "temperature": self._temperature,
-            "with_entropy": self._with_entropy,
-            "entropy_grad": self._ppo.entropy_coef > 0,
-        }
-
-        def both(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
-            logprobs, entropy, values = trained(sequences, rollout_mask[part], all_value_mask[part], **wanted)
-            policy = self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
-            return policy + self._value_loss(batch, part, values, sums) / value_tokens
-
-        def of_policy(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
-            logprobs, entropy = trained.policy(sequences, rollout_mask[part], **wanted)
-            return self._policy_loss(batch, part, logprobs, entropy, sums) / policy_tokens
-
-        def of_value(part: Tensor, sequences: Sequences, sums: UpdateSums) -> Tensor:
-            values = trained.value(sequences, all_value_mask[part])
-            return self._value_loss(batch, part, values, sums) / value_tokens
-
-        if self._engine.one_module or trained.one_pass:
-            return [Pass(both, ALL)]
-        return [Pass(of_policy, trained.policy.backbone.trunk), Pass(of_value, trained.value.backbone.trunk)]
-
-    def _policy_loss(
-        self, batch: Advantaged, part: Tensor, logprobs: Tensor, entropy: Tensor | None, sums: UpdateSums
-    ) -> Tensor:
-        """Clipped loss less the entropy bonus, summed over the tokens of each row: `[n]`."""
-        ppo, rollout = self._ppo, batch.scored.rollout
-        mask, old, advantages = rollout.response_mask[part], rollout.logprobs[part], batch.advantages[part]
-        high = ppo.clip if ppo.clip_high is None else ppo.clip_high
-        loss = clipped_policy_loss(logprobs, old, advantages, mask, clip_low=ppo.clip, clip_high=high)
-        with torch.no_grad():
-            sums.see((logprobs - old).where(mask, 0.0), mask)
-            sums.add(
-                tokens=mask,
-                policy_loss=loss,
-                kl=approx_kl(logprobs, old, mask),
-                policy_clipped=policy_clipped(logprobs, old, advantages, mask, clip_low=ppo.clip, clip_high=high),
-            )
-            if entropy is not None:
-                sums.add(entropy=entropy, entropy_tokens=mask)
-        if ppo.entropy_coef and entropy is not None:
-            loss = loss - ppo.entropy_coef * entropy
-        return loss.sum(-1)
-
-    def _value_loss(self, batch: Advantaged, part: Tensor, values: Tensor, sums: UpdateSums) -> Tensor:
-        """Clipped loss times its weight, summed over the tokens of each row: `[n]`."""
-        ppo, scored = self._ppo, batch.scored
-        mask, old, returns = scored.value_mask[part], scored.values[part], batch.returns[part]
-        loss = clipped_value_loss(values, old, returns, mask, clip=ppo.value_clip)
-        with torch.no_grad():
-            clipped = value_clipped(values, old, returns, mask, clip=ppo.value_clip)
-            sums.add(value_tokens=mask, value_loss=loss, value_clipped=clipped)
-        return ppo.value_coef * loss.sum(-1)

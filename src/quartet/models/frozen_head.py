@@ -1,0 +1,125 @@
+"""Log-probabilities under a frozen LM head that is one linear layer, with their derivatives by the states.
+
+A log-probability depends on one row of the states alone, so its derivative `(W_token - sum_v p_v W_v) / temperature` is taken
+in the forward pass: two products with the head in all. What costs time besides is traffic over logits. They are written once,
+in the dtype of the products; blocks of them that fit into a cache become exponentials, written over them; and the normaliser is
+divided out after the second product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quartet.models.linears import Weights, by_transposed, computed_in, has_onednn, product
+
+TILE = 256
+"""Tokens whose logits exist at once."""
+BLOCK = 1024
+"""Logits of a token that are worked on at once (with 256 tokens, of 64 to 512, the fastest or nearly, measured on the CPU in
+float32 and bfloat16 at vocabularies of 8192 and 32000)."""
+IMPOSSIBLE = -1e4
+"""Where logarithms of probabilities are cut off for the entropy: the exponential is 0 there, and so is the product."""
+
+
+def frozen_logprobs(
+    hidden: Tensor, head: Weights, tokens: Tensor, *, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`log softmax(logits / temperature)` at the given tokens and the entropy, with `logits = hidden W^T + b`.
+
+    Args:
+        hidden: `[N, H]`, last hidden states; under autocast the products are computed in its dtype.
+        head: W `[V, H]` and b `[V]` or None, none of which needs a gradient.
+        tokens: int64 `[N]`.
+        temperature: divisor of the logits, above 0.
+        with_entropy: compute the entropy too.
+
+    Returns:
+        (log-probabilities `[N]`, entropy `[N]` or None), nats, float32 or float64. The entropy carries no gradient.
+    """
+    apply: Callable[..., tuple[Tensor, Tensor]] = _FrozenLogprobs.apply
+    logprobs, entropy = apply(hidden, head.weight, head.bias, tokens, temperature, with_entropy)
+    return logprobs, entropy if with_entropy else None
+
+
+class _FrozenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        states = hidden.to(computed_in(hidden))
+        weight, bias = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
+        logprobs = states.new_empty(len(states), dtype=torch.promote_types(states.dtype, torch.float32))
+        entropies = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        slopes = torch.empty_like(hidden)
+        rooms = _Rooms(min(len(states), TILE), weight, logprobs.dtype)
+        for start in range(0, len(states), TILE):
+            rows = slice(start, min(start + TILE, len(states)))
+            logits, chosen = rooms.logits(states[rows], weight, bias), tokens[rows]
+            top = logits.amax(1).to(logprobs.dtype)
+            shifted = (logits.gather(1, chosen[:, None]).squeeze(1) - top) / temperature
+            total, weighted = rooms.exponentials(logits, top, temperature, with_entropy)
+            log_total = total.log()
+            logprobs[rows] = shifted - log_total
+            if with_entropy:
+                entropies[rows] = log_total - weighted / total
+            mean = by_transposed(logits, weight) / total[:, None]
+            slopes[rows] = (weight.index_select(0, chosen) - mean).div_(temperature).to(slopes.dtype)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_logprob: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (by_logprob[:, None] * slopes).to(slopes.dtype), None, None, None, None, None
+
+
+class _Rooms:
+    """Memory that every tile uses again."""
+
+    def __init__(self, tokens: int, weight: Tensor, wide: torch.dtype) -> None:
+        own = weight.dtype == torch.float32 and has_onednn(weight)  # oneDNN's product brings memory of its own
+        self._logits = None if own else weight.new_empty(tokens, len(weight))
+        block = tokens, min(len(weight), BLOCK)
+        self._shifted, self._exponentials = (weight.new_empty(block, dtype=wide) for _ in range(2))
+
+    def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + b`, `[n, V]`."""
+        if self._logits is None:
+            return product(states, weight, bias)
+        into = self._logits[: len(states)]
+        if bias is None:
+            return torch.mm(states, weight.t(), out=into)
+        return torch.addmm(bias, states, weight.t(), out=into)
+
+    def exponentials(
+        self, logits: Tensor, top: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Write `e = exp((logit - top) / temperature)` over the logits; their sums `[n]`, and those of `e log e`."""
+        total, weighted = torch.zeros_like(top), torch.zeros_like(top)
+        for start in range(0, logits.shape[1], BLOCK):
+            block = logits[:, start : start + BLOCK]
+            count, width = block.shape
+            shifted = torch.sub(block, top[:, None], out=self._shifted[:count, :width])
+            if temperature != 1.0:
+                shifted.div_(temperature)
+            if with_entropy:
+                found = torch.exp(shifted.clamp_(min=IMPOSSIBLE), out=self._exponentials[:count, :width])
+                weighted += shifted.mul_(found).sum(1)
+            else:
+                found = shifted.exp_()
+            total += found.sum(1)
+            block.copy_(found)
+        return total, weighted
