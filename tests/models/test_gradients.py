@@ -9,12 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quartet.models import gradients
 from quartet.models.embedding import FastEmbedding
-from quartet.models.gradients import IN_PLACE
+from quartet.models.gradients import IN_PLACE, add_narrow_product
+from quartet.models.lending import LENDER
 from quartet.models.linears import restore_linears, use_fast_linears
 from quartet.models.precision import autocast
 
 BATCHES = (torch.tensor([[1, 4, 4], [0, 2, 1]]), torch.tensor([[3, 3, 5]]))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("columns", [4, 6])
+def test_a_narrow_product_is_added_in_blocks(
+    filled: bool, upright: bool, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 rows in blocks of 2 or 3; from 5 columns on a left side that lies upright is turned. All numbers are exact."""
+    monkeypatch.setattr(gradients, "WIDE", 5)
+    monkeypatch.setattr(gradients, "BLOCK", 12)
+    torch.manual_seed(0)
+    left, right = torch.randint(-3, 4, (7, 8)).bfloat16(), torch.randint(-3, 4, (8, columns)).bfloat16()
+    before = torch.randint(-9, 9, (7, columns)).float() + 2**-10  # no bfloat16
+    found = before.clone()
+    given = left.t().contiguous().t() if upright else left
+    with LENDER.keeping():
+        for _ in range(2):  # in the memory of the first
+            add_narrow_product(found, given, right, filled=filled)
+    product = left.float() @ right.float()
+    assert torch.equal(found, before + 2 * product if filled else product)
+    assert torch.equal(given, left)
 
 
 class Tied(nn.Module):

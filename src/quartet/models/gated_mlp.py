@@ -195,8 +195,8 @@ def _through_activation(
     by_low = by_lora_down = None
     if low is not None and layer.down is not None and layer.up is not None:
         by_low = (gradient @ upright(layer.up).t()).mul_(layer.scale)
-        by_lora_down = torch.empty_like(layer.down.t())
-        gradients.found[2:] = by_lora_down.t(), (gradient.t() @ low).mul_(layer.scale)
+        by_lora_down = torch.empty_like(layer.down)
+        gradients.found[2:] = by_lora_down, (low.t() @ gradient).mul_(layer.scale).t()
     rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(3)]
     for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]
@@ -207,7 +207,7 @@ def _through_activation(
             torch.mul(active, up, out=between)
         gradients.of_layer(gradient, between)
         if by_low is not None and by_lora_down is not None and layer.down is not None:
-            torch.mm(between.t(), by_low, out=by_lora_down[block])
+            torch.mm(by_low.t(), between, out=by_lora_down[:, block])
             by_between.addmm_(by_low, layer.down[:, block])
         by_active = torch.mul(by_between, up, out=between)
         torch.mul(by_between, active, out=up)

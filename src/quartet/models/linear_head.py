@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quartet.models.gradients import IN_PLACE
+from quartet.models.gradients import IN_PLACE, add_narrow_product
 from quartet.models.linears import Weights, by_transposed, computed_in, product
 
 BLOCK = 2048
@@ -154,8 +154,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 slope.scatter_add_(1, spot, by_logprob[rows].where(inside, 0.0)[:, None])
                 narrow = slope if slope.dtype == logits.dtype else logits.copy_(slope)
                 by_states[rows] += by_transposed(narrow, part)
-                by_part = narrow.t() @ states[rows]
-                into.add_(by_part) if filled or rows.start else into.copy_(by_part)
+                more = filled or rows.start > 0
+                if narrow.dtype != into.dtype:
+                    add_narrow_product(into, narrow.t(), states[rows], filled=more)
+                else:
+                    by_part = narrow.t() @ states[rows]
+                    into.add_(by_part) if more else into.copy_(by_part)
                 if by_bias is not None:
                     by_bias[columns] += slope.sum(0)
         return by_states.to(ctx.dtype), None if place is not None else by_weight, by_bias, None, None, None, None

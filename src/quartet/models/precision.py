@@ -8,9 +8,9 @@ import torch
 
 from quartet.errors import ConfigError
 
-TILE = 16
-"""Rows that oneDNN's kernels for bfloat16 multiply at once. It compiles a kernel for each shape, which takes a few milliseconds
-and half a megabyte."""
+TILE = 32
+"""Tokens of which oneDNN's kernels for bfloat16 take a multiple best: of 32 a product over tokens, as of a weight's gradient,
+takes up to a third less time than of 16. It compiles a kernel for each shape, in a few milliseconds and half a megabyte."""
 
 
 def resolve_device(name: str) -> torch.device:

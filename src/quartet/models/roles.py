@@ -22,8 +22,6 @@ from quartet.models.residency import Residency
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
 
-WORK_OF_LOGIT = 0
-"""Multiplications in whose time the softmax and its gradient take a logit."""
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at once."""
 
@@ -76,10 +74,8 @@ class LanguageView(nn.Module):
         Args:
             read: share of the tokens whose logits are needed.
         """
-        vocabulary = self.backbone.model.config.get_text_config().vocab_size
-        # The logits are computed again in the backward pass.
-        head = self.head.size * (4 if self.head.trainable else 3) + vocabulary * WORK_OF_LOGIT
-        return self.backbone.work + read * float(head)
+        # A trained head computes its logits again in the backward pass.
+        return self.backbone.work + read * self.head.size * (4 if self.head.trainable else 2)
 
     def from_hidden(
         self,
