@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from quartet.records import Sequences
 
+CELLS = 8
+"""Cells of a row that are filled up together: attention takes time with their square."""
+
 
 def filled_up(places: Tensor, multiple: int) -> Tensor:
     """`[n]` places with the first of them again until there are a multiple of so many; none stay none."""
@@ -157,14 +160,16 @@ class PackedLayout(Layout):
         """Side by side; the host must know the lengths.
 
         Args:
-            multiple: the tokens, those that are read, and the cells of a row are filled up to a multiple of so many.
+            multiple: the tokens, and those that are read, are filled up to a multiple of so many, the cells of a row to one
+                of `CELLS` at most.
         """
         assert sequences.prompts is not None
         assert sequences.responses is not None
         ids, device = sequences.input_ids, sequences.input_ids.device
         prompts, responses = np.array(sequences.prompts), np.array(sequences.responses)
         rows, length = ids.shape
-        column = np.broadcast_to(np.arange(length + -length % multiple), (rows, length + -length % multiple))
+        columns = length + -length % min(multiple, CELLS)
+        column = np.broadcast_to(np.arange(columns), (rows, columns))
         real = column < (prompts + responses)[:, None]
         cells = Places.of(real, device, multiple)
         none = np.zeros(cells.filler, dtype=np.int64)
@@ -178,7 +183,7 @@ class PackedLayout(Layout):
             "position_ids": positions.unsqueeze(0),
         }
         first = last - sequences.response_lengths
-        return PackedLayout(sequences, arguments, first, last, tokens, column.shape[1], cells, read)
+        return PackedLayout(sequences, arguments, first, last, tokens, columns, cells, read)
 
     def active(self) -> AbstractContextManager[None]:
         """Attention and the last MLP find the layout."""
