@@ -103,7 +103,7 @@ def test_no_padding_is_computed_and_the_last_mlp_sees_what_is_read(changes: dict
 
 
 def test_in_bfloat16_tokens_are_filled_up_to_few_shapes(tiny_run: TinyRun) -> None:
-    """oneDNN compiles a kernel for each; 17 tokens, 12 that are read and 9 whose logits are come to 32, rows of 9 cells to 16."""
+    """oneDNN compiles a kernel for each; 17 tokens, 12 that are read and 9 of logits come to 32, rows of 9 cells to 16."""
     pipeline = Pipeline(tiny_run(**FULL, **{"models.dtype": "bfloat16"}))
     batch, mask = sequences(PROMPTS, RESPONSES)
     policy, seen = pipeline.roles.policy, set[int]()
