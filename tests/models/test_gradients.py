@@ -22,12 +22,13 @@ BATCHES = (torch.tensor([[1, 4, 4], [0, 2, 1]]), torch.tensor([[3, 3, 5]]))
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("upright", [False, True])
 @pytest.mark.parametrize("columns", [4, 6])
-def test_a_narrow_product_is_added_in_blocks(
-    filled: bool, upright: bool, columns: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lent", [0, 99])
+def test_a_narrow_product_is_added(
+    filled: bool, upright: bool, columns: int, lent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """7 rows in blocks of 2 or 3; from 5 columns on a left side that lies upright is turned. All numbers are exact."""
+    """From 5 columns on a left side that lies upright is turned. All numbers are exact."""
     monkeypatch.setattr(gradients, "WIDE", 5)
-    monkeypatch.setattr(gradients, "BLOCK", 12)
+    monkeypatch.setattr(gradients, "LENT", lent)
     torch.manual_seed(0)
     left, right = torch.randint(-3, 4, (7, 8)).bfloat16(), torch.randint(-3, 4, (8, columns)).bfloat16()
     before = torch.randint(-9, 9, (7, columns)).float() + 2**-10  # no bfloat16
