@@ -18,30 +18,13 @@ from transformers import masking_utils
 from pipeline import Pipeline
 from quartet.models.attention import one_sequence_a_row
 from quartet.models.lending import LENDER, Lender
-from quartet.stages.lanes import Lanes, left_for_all
+from quartet.stages.lanes import Lanes
 from quartet.stages.passes import Losses
 from quartet.stages.update import Updater
 from stages_batch import batch_of
 from tiny import TinyRun
 
 SECONDS = 20
-
-
-@pytest.mark.parametrize(
-    ("heavier", "count", "left"),
-    [
-        (1.0, 4, 0),
-        (1.1, 4, 0),  # 4.4, or 4 and 0.69
-        (1.3, 4, 1),  # 5.2, or 4 and 0.81
-        (1.3, 1, 0),
-        (1.3, 2, 0),  # 2.6, or 2 and 0.81
-        (2.0, 4, 2),  # 8, 6 and 1.25, 4 and 2.5
-        (3.0, 8, 5),  # 9 and 9.4
-    ],
-)
-def test_what_the_heavier_lane_leaves_to_all_threads(heavier: float, count: int, left: int) -> None:
-    """With 1.6 as the gain of all threads over half of them."""
-    assert left_for_all(heavier, count) == left
 
 
 @pytest.fixture

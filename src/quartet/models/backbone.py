@@ -82,15 +82,6 @@ class Backbone(nn.Module):
         """Name under which sequences carry this backbone's trunk states; None where no trunk is frozen."""
         return self.spec.top_of or (self.spec.name if self.spec.frozen_layers else None)
 
-    @property
-    def work(self) -> float:
-        """Multiplications of a token in a pass forward and backward, without the head."""
-        embeddings = {id(p) for p in self.model.get_input_embeddings().parameters()}
-        weights = [p for p in self.transformer.parameters() if p.ndim > 1 and id(p) not in embeddings]
-        # A frozen weight has no gradient; below a trunk's end nothing is computed.
-        frozen = 0 if self.spec.frozen_layers else 2
-        return float(sum(p.numel() * (3 if p.requires_grad else frozen) for p in weights))
-
     def lay_out(self, sequences: Sequences) -> Layout:
         """How to compute these sequences: side by side with gradients, where the model was seen to allow it; else padded.
 

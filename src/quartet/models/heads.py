@@ -82,11 +82,6 @@ class LogitHead:
         return None if found is None or found.down is not None else found
 
     @property
-    def size(self) -> int:
-        """Numbers in the head's weights."""
-        return sum(p.numel() for module in self._head for p in module.parameters())
-
-    @property
     def trainable(self) -> bool:
         """Whether a gradient flows into the head's weights."""
         return any(p.requires_grad for module in self._head for p in module.parameters())

@@ -68,15 +68,6 @@ class LanguageView(nn.Module):
             hidden, layout, mask, temperature=temperature, with_entropy=with_entropy, entropy_grad=entropy_grad
         )
 
-    def work(self, read: float) -> float:
-        """Multiplications of a token in a pass forward and backward.
-
-        Args:
-            read: share of the tokens whose logits are needed.
-        """
-        # A trained head computes its logits again in the backward pass.
-        return self.backbone.work + read * self.head.size * (4 if self.head.trainable else 2)
-
     def from_hidden(
         self,
         hidden: Tensor,
@@ -139,10 +130,6 @@ class ScalarView(nn.Module):
         """
         layout = self.backbone.lay_out(sequences)
         return self.from_hidden(self.backbone.hidden(layout, self.adapter), layout, mask)
-
-    def work(self, read: float) -> float:
-        """As of a `LanguageView`; the head is next to nothing."""
-        return self.backbone.work
 
     def from_hidden(self, hidden: Tensor, layout: Layout, mask: Tensor) -> Tensor:
         """The same from last hidden states `[m, H]`."""

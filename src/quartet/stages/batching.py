@@ -64,11 +64,6 @@ class SequenceTable:
         return self.prompts[row] + self.responses[row]
 
     @property
-    def read(self) -> float:
-        """Share of responses among all tokens."""
-        return sum(self.responses) / (sum(self.prompts) + sum(self.responses))
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return self.input_ids.shape[1]

@@ -13,19 +13,6 @@ import torch
 Result = TypeVar("Result")
 
 
-GAIN = 1.6
-"""How much faster a pass is on all threads than on half of them."""
-
-
-def left_for_all(heavier: float, count: int) -> int:
-    """How many of a lane's `count` jobs are best left until the other lane has ended, to be done on all threads.
-
-    Args:
-        heavier: a job's time over that of one of the other lane's, 1 or more.
-    """
-    return min(range(count), key=lambda left: max(count, heavier * (count - left)) + heavier * left / GAIN)
-
-
 class Stopped(Exception):
     """A job was left because another failed."""
 

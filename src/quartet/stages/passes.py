@@ -25,8 +25,6 @@ class Pass:
     """From row numbers and their sequences to the losses `[n]` of these rows; adds to the sums."""
     trunk: str | None
     """The frozen layers whose states it starts from: by the name of their backbone, none, or all."""
-    work: float
-    """Its arithmetic for a token, beside that of others."""
 
 
 class Losses:
@@ -44,7 +42,7 @@ class Losses:
         self._together = one_module or self._trained.one_pass
 
     def passes(
-        self, batch: Advantaged, policy_tokens: Tensor, value_tokens: Tensor, read: float, *, with_entropy: bool
+        self, batch: Advantaged, policy_tokens: Tensor, value_tokens: Tensor, *, with_entropy: bool
     ) -> list[Pass]:
         """What gives the losses of a microbatch's rows, to be added up: the policy's, then the value's.
 
@@ -53,7 +51,6 @@ class Losses:
 
         Args:
             policy_tokens, value_tokens: of the minibatch, in all processes.
-            read: share of responses among all tokens.
         """
         trained = self._trained
         rollout_mask, all_value_mask = batch.scored.rollout.response_mask, batch.scored.value_mask
@@ -77,12 +74,8 @@ class Losses:
             return self._value_loss(batch, part, values, sums) / value_tokens
 
         if self._together:
-            return [Pass(both, ALL, 1.0)]
-        views = trained.policy, trained.value
-        return [
-            Pass(losses, view.backbone.trunk, view.work(read))
-            for losses, view in zip((of_policy, of_value), views, strict=True)
-        ]
+            return [Pass(both, ALL)]
+        return [Pass(of_policy, trained.policy.backbone.trunk), Pass(of_value, trained.value.backbone.trunk)]
 
     def _policy_loss(
         self, batch: Advantaged, part: Tensor, logprobs: Tensor, entropy: Tensor | None, sums: UpdateSums

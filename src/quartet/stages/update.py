@@ -18,7 +18,7 @@ from quartet.models.lending import LENDER
 from quartet.records import Advantaged, Sequences, UpdateStats
 from quartet.stages.bad_steps import BadSteps, step_unless
 from quartet.stages.batching import SequenceTable, microbatches
-from quartet.stages.lanes import Lanes, left_for_all
+from quartet.stages.lanes import Lanes
 from quartet.stages.out_of_memory import is_out_of_memory, release_memory
 from quartet.stages.passes import ALL, Losses, Pass
 from quartet.stages.trunks import with_trunks
@@ -169,33 +169,18 @@ class Updater:
             IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
         else:
             self._optimizer.zero_grad(set_to_none=True)
-        passes = self._losses.passes(batch, policy_tokens, value_tokens, table.read, with_entropy=self._with_entropy)
+        passes = self._losses.passes(batch, policy_tokens, value_tokens, with_entropy=self._with_entropy)
         sums = [UpdateSums() for _ in passes]
-        losses = self._shared_out(batch, batches, passes, sums)
+        losses = self._lanes.run(
+            [
+                partial(self._one_pass, batch, batches, passing, own, last=passing is passes[-1])
+                for passing, own in zip(passes, sums, strict=True)
+            ]
+        )
         CONVERTED.forget()  # the weights are about to change
         for other in sums[1:]:
             sums[0].join(other)
         return sums[0], torch.cat([part for part, _ in batches]), torch.stack(losses).sum(0)
-
-    def _shared_out(
-        self, batch: Advantaged, batches: list[tuple[Tensor, Sequences]], passes: list[Pass], sums: list[UpdateSums]
-    ) -> list[Tensor]:
-        """`_one_pass` for each pass, on the lanes; what of the heavier one is left when the other ends comes after, on all
-        threads. How much that is follows from their arithmetic, and not from the time that they take."""
-        works = [passing.work for passing in passes]
-        heavier, left = works.index(max(works)), 0
-        if self._lanes.count > 1 and len(passes) > 1:
-            left = left_for_all(max(works) / min(works), len(batches))
-
-        def job(number: int, part: list[tuple[Tensor, Sequences]]) -> Callable[[], Tensor]:
-            passing = passes[number]
-            return partial(self._one_pass, batch, part, passing, sums[number], last=passing is passes[-1])
-
-        cut = len(batches) - left
-        losses = self._lanes.run([job(n, batches[:cut] if n == heavier else batches) for n in range(len(passes))])
-        if left:
-            losses[heavier] = torch.cat([losses[heavier], *self._lanes.run([job(heavier, batches[cut:])])])
-        return losses
 
     def _one_pass(
         self,
