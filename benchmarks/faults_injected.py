@@ -93,9 +93,9 @@ def _replace(module: str, name: str, value: Any) -> None:
 
 def _in_each_microbatch(act: Callable[[Any], Any]) -> None:
     """Have `act` see, and perhaps change, the policy's loss `[n, T]` of every microbatch of an update."""
-    from quartet.stages import update
+    from quartet.stages import passes
 
-    loss = update.clipped_policy_loss
+    loss = passes.clipped_policy_loss
 
     def acting(logprobs: Any, *arguments: Any, **options: Any) -> Any:
         import torch
@@ -104,7 +104,7 @@ def _in_each_microbatch(act: Callable[[Any], Any]) -> None:
         planned = type(logprobs) is not torch.Tensor  # the prediction of memory runs the update without data
         return found if planned else act(found)
 
-    update.clipped_policy_loss = acting
+    passes.clipped_policy_loss = acting
 
 
 def _little_memory(rows: int) -> Prepare:

@@ -79,6 +79,21 @@ def test_under_autocast_it_computes_in_bfloat16_and_answers_in_float32() -> None
     torch.testing.assert_close(by_hidden, expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("logit", [4.0, 8.0])
+def test_a_confident_token_keeps_its_gradient_in_bfloat16(logit: float) -> None:
+    """Of a probability of 0.7 or 0.99 what is left to the other tokens is the gradient, and no rounding of the token's own."""
+    torch.manual_seed(3)
+    weight, tokens = torch.randn(25, 8).bfloat16(), torch.arange(8)
+    weight[:8] = logit * torch.eye(8)
+    hidden = torch.eye(8).bfloat16().requires_grad_()
+    found, _ = frozen_logprobs(hidden, Weights(weight, None), tokens, temperature=1.0, with_entropy=False)
+    (by_hidden,) = torch.autograd.grad(found.sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(token_logprobs(exact @ weight.double().t(), tokens, 1.0).sum(), exact)
+    off = (by_hidden.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert off.max() < 0.02
+
+
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_a_frozen_policy_head_takes_it_and_gives_the_same(
     entropy_grad: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch

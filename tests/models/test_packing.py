@@ -48,7 +48,7 @@ def fill_up_to(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "tile_of", lambda *_: tile)
 
 
-@pytest.mark.parametrize(("checkpointing", "tile"), [(False, 1), (True, 1), (False, 8)])
+@pytest.mark.parametrize(("checkpointing", "tile"), [(False, 1), (True, 1), (False, 8), (True, 8)])
 @pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", PACKED)
 def test_numbers_and_gradients_are_those_of_padded_rows(
@@ -116,6 +116,7 @@ def test_in_bfloat16_tokens_are_filled_up_to_few_shapes(tiny_run: TinyRun) -> No
 
     with Watch():
         policy(batch, mask, temperature=1.0)[0].sum().backward()
+    assert {16, 32} <= seen
     assert not seen & {9, 12, 17}, "the lengths themselves"
 
 

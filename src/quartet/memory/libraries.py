@@ -94,7 +94,7 @@ def libraries_in_phases(choices: Choices, objects: float) -> float:
     """
     kept = WITH_4BIT if choices.quantization == "4bit" else LIBRARIES
     if choices.dtype == "bfloat16" and choices.quantization is None:
-        kept = AT_LOAD + int(objects) + IN_BFLOAT16
+        kept = AT_LOAD + ADAPTERS_AT_LOAD * (choices.lora is not None) + int(objects) + IN_BFLOAT16
     return kept + WITH_ENGINE * (choices.engine != "none")
 
 

@@ -29,8 +29,8 @@ Bytes = dict[str, float]
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    """Dimensions of a tensor from the one with the widest steps to the one with the narrowest."""
-    return tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    """Dimensions of a tensor but for those of one element, from the one with the widest steps to the narrowest."""
+    return tuple(sorted((d for d in range(tensor.ndim) if tensor.shape[d] > 1), key=tensor.stride, reverse=True))
 
 
 class NotTraceable(CheckpointError):
@@ -70,7 +70,7 @@ class MemoryTrace(TorchDispatchMode):
         self.highest = 0.0
         """Most live bytes since the last `restart`."""
         self.products: set[tuple[object, ...]] = set()
-        """The different matrix products in bfloat16: operation and shapes. oneDNN compiles a kernel for each."""
+        """The different matrix products in bfloat16: operation, shapes and layouts. oneDNN compiles a kernel for each."""
 
     def enter(self, label: str) -> None:
         """Start a stretch of the code; its peak is kept under `stage label`."""

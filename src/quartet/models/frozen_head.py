@@ -1,9 +1,9 @@
 """Log-probabilities under a frozen LM head that is one linear layer, with their derivatives by the states.
 
-A log-probability depends on one row of the states alone, so its derivative `(W_token - sum_v p_v W_v) / temperature` is taken
-in the forward pass: two products with the head in all. What costs time besides is traffic over logits. They are written once,
-in the dtype of the products; blocks of them that fit into a cache become exponentials, written over them; and the normaliser is
-divided out after the second product.
+A log-probability depends on one row of the states alone, so its derivative `sum_v (1[v = token] - p_v) W_v / temperature` is
+taken in the forward pass: two products with the head in all. What costs time besides is traffic over logits. They are written
+once, in the dtype of the products; blocks of them that fit into a cache become exponentials, written over them; and the
+normaliser is divided out after the second product.
 """
 
 from __future__ import annotations
@@ -73,8 +73,11 @@ class _FrozenLogprobs(torch.autograd.Function):
             logprobs[rows] = shifted - log_total
             if with_entropy:
                 entropies[rows] = log_total - weighted / total
-            mean = by_transposed(logits, weight) / total[:, None]
-            slopes[rows] = (weight.index_select(0, chosen) - mean).div_(temperature).to(slopes.dtype)
+            # The token's own part as a difference: where its probability is nearly 1, rounding first would leave nothing of it.
+            own = (shifted.exp() - total).to(logits.dtype)
+            logits.scatter_(1, chosen[:, None], own[:, None])
+            slope = by_transposed(logits, weight).to(total.dtype)
+            slopes[rows] = slope.div_(-(total * temperature)[:, None]).to(slopes.dtype)
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies

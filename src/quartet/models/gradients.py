@@ -24,13 +24,16 @@ LENT = 2**20
 
 def add_narrow_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: bool) -> None:
     """Add `left @ right`, of a narrower dtype, to a gradient; over what it holds where it is not filled."""
-    turned = left.shape if gradient.shape[1] >= WIDE and left.stride(0) == 1 else (0, 0)
+    turn = gradient.shape[1] >= WIDE and left.stride(0) == 1
     if gradient.numel() < LENT:
-        part = (left.contiguous() if all(turned) else left) @ right
+        part = (left.contiguous() if turn else left) @ right
         gradient.add_(part) if filled else gradient.copy_(part)
         return
-    rooms = [LENDER.borrowed(left, *gradient.shape), LENDER.borrowed(left, *turned)]
-    part = torch.mm(rooms[1].copy_(left) if all(turned) else left, right, out=rooms[0])
+    rooms = [LENDER.borrowed(left, *gradient.shape)]
+    if turn:
+        rooms.append(LENDER.borrowed(left, *left.shape))
+        left = rooms[1].copy_(left)
+    part = torch.mm(left, right, out=rooms[0])
     gradient.add_(part) if filled else gradient.copy_(part)
     LENDER.given_back(*rooms)
 

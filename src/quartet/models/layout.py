@@ -48,7 +48,7 @@ class Places:
         in_short = np.maximum(flat.cumsum() - 1, 0)
         in_long = np.flatnonzero(flat)
         filler = -len(in_long) % multiple
-        found = (np.append(in_long, np.full(filler, in_long[0])), in_short, np.flatnonzero(~flat))
+        found = (np.append(in_long, np.repeat(in_long[:1], filler)), in_short, np.flatnonzero(~flat))
         long, short, missing = (torch.tensor(places).to(device, non_blocking=True) for places in found)
         return Places(long, short, missing, filler)
 

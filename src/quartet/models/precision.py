@@ -45,7 +45,8 @@ def autocast(device: torch.device, dtype: torch.dtype, *, keeping: bool = True) 
 
 
 def tile_of(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows to a multiple of which the update fills up its products: tokens of all lengths then come to few shapes."""
+    """Rows to a multiple of which the update fills up its products, and scoring those of LM heads: all lengths then come to few
+    shapes."""
     return TILE if (device.type, dtype) == ("cpu", torch.bfloat16) else 1
 
 

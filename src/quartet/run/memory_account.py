@@ -94,7 +94,7 @@ class MemoryAccount:
 
     @property
     def parallel_passes(self) -> bool:
-        """Whether policy and value take their passes at the same time; not where the memory of that is not predicted."""
+        """Whether policy and value are to take their passes at the same time; not where the memory of that is not predicted."""
         return bool(self._record.get("choices", {}).get("parallel_passes"))
 
     @contextmanager
