@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quartet.models.linear_head import IMPOSSIBLE
 from quartet.models.linears import Weights, by_transposed, computed_in, has_onednn, product
 
 TILE = 256
@@ -22,8 +23,6 @@ TILE = 256
 BLOCK = 1024
 """Logits of a token that are worked on at once (with 256 tokens, of 64 to 512, the fastest or nearly, measured on the CPU in
 float32 and bfloat16 at vocabularies of 8192 and 32000)."""
-IMPOSSIBLE = -1e4
-"""Where logarithms of probabilities are cut off for the entropy: the exponential is 0 there, and so is the product."""
 
 
 def frozen_logprobs(
