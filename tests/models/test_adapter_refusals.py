@@ -12,7 +12,8 @@ from torch import nn
 from checkpoints import edit_json, write_adapter
 from pipeline import Pipeline
 from quartet.errors import CheckpointError, ConfigError
-from quartet.models.adapters import adapter_parameters, adapter_state
+from quartet.models.adapter_files import adapter_state
+from quartet.models.adapters import adapter_parameters
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda"])
@@ -21,6 +22,57 @@ def test_starts_that_rewrite_the_base_are_refused(start: str, library: Any, tiny
     edit_json(adapter / "adapter_config.json", init_lora_weights=start)
     with pytest.raises(CheckpointError, match=rf"init_lora_weights='{start}', which changes the base's own weights"):
         Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
+
+
+def test_another_revision_of_the_base_is_refused(library: Any, tiny_run: Any, tmp_path: Path) -> None:
+    """PEFT would load it; the main revision's weights are others."""
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"))
+    edit_json(adapter / "adapter_config.json", revision="v2")
+    Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))  # a folder has no revisions
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="organisation/base")
+    with pytest.raises(CheckpointError, match="trained on revision 'v2' of 'organisation/base'"):
+        Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
+
+
+def test_an_adapter_that_repeats_layers_is_refused(library: Any, tiny_run: Any, tmp_path: Path) -> None:
+    """Injecting it would give the other roles of the backbone more layers too."""
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"), layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(CheckpointError, match="repeats layers of its base"):
+        Pipeline(tiny_run("llama", **{"models.sft": str(adapter), "models.lora": {"r": 4}}))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_end_of_tied_embeddings_is_not_merged(
+    target: str, library: Any, tiny_run: Any, tmp_path: Path
+) -> None:
+    """Merged, it would change the other end too: other log-probabilities than PEFT's."""
+    adapter = write_adapter(tmp_path / "adapter", library.path("qwen2", "sft"), target_modules=["q_proj", target])
+    _drop_whole_modules(adapter)
+    with pytest.raises(CheckpointError, match=rf"adapts .*{target}, whose weight another module shares"):
+        Pipeline(tiny_run("qwen2", **{"models.sft": str(adapter)}))
+
+
+def _drop_whole_modules(adapter: Path) -> None:
+    """PEFT saves an adapted embedding's own weight too unless told not to."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if ".lora_" in name}, file)
+
+
+def test_targets_that_are_no_expression_are_refused(tiny_run: Any) -> None:
+    with pytest.raises(ConfigError, match=r"models\.lora\.target_modules='q_proj\(' cannot be applied"):
+        Pipeline(tiny_run("llama", **{"models.lora": {"r": 4, "target_modules": "q_proj("}}))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": "q_proj("}, {"r": "x"}, {"target_modules": 5}])
+def test_a_damaged_adapter_configuration_is_refused(
+    changes: dict[str, Any], library: Any, tiny_run: Any, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", library.path("llama", "sft"), task="classifier")
+    edit_json(adapter / "adapter_config.json", **changes)
+    with pytest.raises(CheckpointError, match="does not fit its base"):
+        Pipeline(tiny_run("llama", **{"models.reward": str(adapter), "models.lora": {"r": 4}}))
 
 
 def test_an_adapter_with_lora_biases_is_not_continued(library: Any, tiny_run: Any, tmp_path: Path) -> None:

@@ -51,3 +51,26 @@ def test_fewer_layers_are_not(library: Any, copied: Path, tmp_path: Path) -> Non
     save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
     edit_json(copied / "config.json", num_hidden_layers=1)
     assert not judged(library, copied, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        {"rms_norm_eps": 1e-2},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ],
+)
+def test_the_same_weights_that_compute_otherwise_are_not(
+    changed: dict[str, Any], library: Any, copied: Path, tmp_path: Path
+) -> None:
+    """The reward model would run under the policy's configuration, and its scores would be others."""
+    edit_json(copied / "config.json", **changed)
+    assert not judged(library, copied, tmp_path)
+
+
+def test_labels_and_special_tokens_make_no_other_base(library: Any, copied: Path, tmp_path: Path) -> None:
+    edit_json(copied / "config.json", pad_token_id=5, attention_dropout=0.1, id2label={"0": "a"}, use_cache=False)
+    edit_json(copied / "config.json", dtype="bfloat16", architectures=["LlamaForSequenceClassification"])
+    assert judged(library, copied, tmp_path)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from quartet.config import LoraConfig
 from quartet.errors import CheckpointError, ConfigError, brief
-from quartet.models.checkpoint_info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, CheckpointInfo, read_tensor
+from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo, read_tensor
 
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base alone; others (pissa, olora, corda, loftq) rewrite it."""
@@ -67,7 +66,7 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
     config = PeftLoraConfig(**options, lora_dropout=lora.dropout, bias="none")
     try:
         _inject(model, name, config, seed)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {brief(error, 300)}"
         ) from error
@@ -101,6 +100,11 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
             f"{info.key}={info.adapter!r} was made with init_lora_weights={start!r}, which changes the base's own weights; "
             "convert it to a plain LoRA adapter (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    if content.get("layer_replication"):
+        raise CheckpointError(
+            f"{info.key}={info.adapter!r} repeats layers of its base (layer_replication), which other roles would have to "
+            "share; merge it into its base and give the result"
+        )
     content["inference_mode"] = False
     content["lora_dropout"] = 0.0
     content.pop("modules_to_save", None)  # the head is ours, not PEFT's
@@ -112,7 +116,7 @@ def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None
         result: Any = set_peft_model_state_dict(
             model, {k.removeprefix(PEFT_PREFIX): v for k, v in stored.items()}, adapter_name=name
         )
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError, re.error) as error:
         raise _misfit(info, brief(error, 300)) from error
     empty = [k for k in result.missing_keys if f".{name}." in k]
     if result.unexpected_keys or empty:
@@ -192,9 +196,20 @@ def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointI
 
 
 def merge(model: nn.Module, info: CheckpointInfo) -> None:
-    """Add the checkpoint's adapter into the weights and leave a plain model behind."""
+    """Add the checkpoint's adapter into the weights and leave a plain model behind.
+
+    Raises:
+        CheckpointError: an adapter on one of two modules that share a weight, or as `attach_checkpoint`.
+    """
     attach_checkpoint(model, "merged", info)
-    for _, layer in _layers(model):
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path, layer in _layers(model):
+        weight: Any = layer.get_base_layer().weight
+        if owners[id(weight)] > 1:
+            raise CheckpointError(
+                f"{info.key}={info.adapter!r} adapts {path}, whose weight another module shares (tied embeddings), and would "
+                "change both when merged; train with models.lora, or merge it into an untied copy of its base"
+            )
         layer.merge(adapter_names=["merged"])
     strip(model)
 
@@ -221,51 +236,6 @@ def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parame
     return [(key, parameter) for key, parameter in model.named_parameters() if mine.search(key)]
 
 
-def adapter_state(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Weights of one adapter under PEFT's names (`base_model.model.….lora_A.weight`)."""
-    return {
-        PEFT_PREFIX + re.sub(rf"(\.lora_\w+)\.{re.escape(name)}(\.|$)", r"\1\2", key): parameter
-        for key, parameter in adapter_parameters(model, name)
-    }
-
-
-def save_adapter(
-    model: nn.Module,
-    name: str,
-    folder: Path,
-    tensors: dict[str, Tensor],
-    *,
-    base: str,
-    task: str,
-    heads: Sequence[str] = (),
-) -> None:
-    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads.
-
-    Args:
-        tensors: whole weights under PEFT's names, those of the heads among them.
-        base: what goes into `base_model_name_or_path`.
-        task: CAUSAL_LM or SEQ_CLS.
-        heads: tensors of modules saved whole (the value head), by their name in the base model.
-    """
-    from safetensors.torch import save_file
-
-    configs: Any = model.peft_config
-    content: dict[str, Any] = configs[name].to_dict()
-    content.update(
-        base_model_name_or_path=base,
-        task_type=task,
-        inference_mode=True,
-        modules_to_save=sorted({key.rpartition(".")[0] for key in heads}) or None,
-    )
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(content.get(key), set):
-            content[key] = sorted(content[key])
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(content, indent=2, sort_keys=True, default=str)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", "utf-8")
-
-
 def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
@@ -273,6 +243,8 @@ def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> N
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         # Several adapters on one backbone are what the sharing plans are about.
         warnings.filterwarnings("ignore", message=".*Already found a `peft_config` attribute.*")
+        # Nothing is merged into a weight that another module shares (`merge`).
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
         # Nothing is merged into the weights of a layer that lacks the bias.
         warnings.filterwarnings("ignore", message=".*lora_bias.*")
         inject_adapter_in_model(config, model, adapter_name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any
 
 from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
 
@@ -12,6 +13,15 @@ _BLOCKS, _BLOCK = 64, 16_384
 _WHOLE = 4 << 20
 _LABELS = 64
 """Most rows of a classifier's head."""
+_OF_NO_WEIGHT = {
+    *("architectures", "auto_map", "is_decoder", "problem_type", "tokenizer_class", "transformers_version"),
+    *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+    *("id2label", "label2id", "num_labels", "tie_word_embeddings"),
+    *("dtype", "torch_dtype", "initializer_range", "use_cache", "chunk_size_feed_forward"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+}
+"""Entries of a configuration that say nothing of how the transformer computes; nor do names with an underscore in front, and
+every dropout is off."""
 
 
 def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
@@ -20,8 +30,10 @@ def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
     Heads may differ (a language model's file may hold `lm_head`, a classifier's `score`): tensors that only one file holds
     must be one (an outermost layer with a row for each token, or with few rows). All shared tensors must agree in dtype and
     shape, and in their bytes: small ones and whatever has a row for each token are compared whole, large ones at `_BLOCKS`
-    places.
+    places. The configurations must agree in all that the transformer computes by (rotary embeddings, windows, norms).
     """
+    if _computed_by(one.config.to_dict()) != _computed_by(other.config.to_dict()):
+        return False
     mine, theirs = one.tensors, other.tensors
     shared = sorted(mine.keys() & theirs.keys())
     if not shared or any((mine[k].dtype, mine[k].shape) != (theirs[k].dtype, theirs[k].shape) for k in shared):
@@ -37,6 +49,15 @@ def same_base(one: CheckpointInfo, other: CheckpointInfo) -> bool:
         or (_readable(mine[k], theirs[k]) and digest_of(mine[k], vocabulary) == digest_of(theirs[k], vocabulary))
         for k in shared
     )
+
+
+def _computed_by(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what decides which function the weights are."""
+    return {
+        name: _computed_by(given) if isinstance(given, dict) else given
+        for name, given in content.items()
+        if name not in _OF_NO_WEIGHT and not name.startswith("_") and "drop" not in name
+    }
 
 
 def _same_place(one: TensorInfo, other: TensorInfo) -> bool:

@@ -121,6 +121,12 @@ def read_checkpoint(
                 f"{key}={name!r} is an adapter that does not name its base model; "
                 f"set base_model_name_or_path in its {ADAPTER_CONFIG}"
             )
+        revision = content.get("revision")
+        if revision not in (None, "", "main") and not Path(base).is_dir():
+            raise CheckpointError(
+                f"{key}={name!r} was trained on revision {revision!r} of {base!r}, and only a repository's main revision is "
+                f"loaded; download that revision and name its folder as base_model_name_or_path in {ADAPTER_CONFIG}"
+            )
     config = _model_config(base, key, trust_remote_code, adapter)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:

@@ -113,7 +113,11 @@ def make_plan(
         sharing = "separate" if not lora else "single" if single_possible else "paired"
     if sharing == "single":
         if not single_possible:
-            why = "is a full checkpoint" if reward.adapter is None else "is an adapter over other weights"
+            why = (
+                "is a full checkpoint"
+                if reward.adapter is None
+                else "is an adapter over other weights or another configuration of them"
+            )
             raise ConfigError(
                 f"models.sharing=single needs a reward checkpoint that is a LoRA adapter over the SFT checkpoint's base, "
                 f"and {reward.adapter or reward.base!r} {why}; use models.sharing=paired"

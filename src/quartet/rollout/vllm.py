@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from quartet.errors import ConfigError, RolloutError
-from quartet.models.adapters import adapter_state, save_adapter
+from quartet.models.adapter_files import adapter_state, save_adapter
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings

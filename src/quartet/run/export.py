@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from quartet.distributed import ProcessEngine, SingleProcess
 from quartet.errors import CheckpointError, cause_of
-from quartet.models.adapters import adapter_state, save_adapter
+from quartet.models.adapter_files import adapter_state, save_adapter
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import Role
 from quartet.models.roles import Roles
