@@ -15,6 +15,8 @@ from torch import nn
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox", "gemma2")
 """Qwen2, GPT-2 and Gemma2 tie their embeddings; GPT-2 and GPT-NeoX have dropout; Gemma2 has windows and soft-caps."""
+FURTHER = ("gptj", "bloom", "mixtral", "opt")
+"""Layers of GPT-J and Bloom return tuples; Mixtral has a router; OPT's forward calls the decoder inside its transformer."""
 TIED = ("qwen2", "gpt2", "gemma2")
 HIDDEN, LAYERS, HEADS, MLP, POSITIONS = 32, 2, 4, 48, 64
 SPECIAL = ("<pad>", "<eos>", "<stop>", "<|endoftext|>")
@@ -68,6 +70,12 @@ def make_config(family: str, **changes: Any) -> Any:
             **{**shared, **wide, "hidden_dropout": 0.1, "attention_dropout": 0.1, **c}
         ),
         "gemma2": lambda **c: hf.Gemma2Config(**{**shared, **wide, **grouped, **windows, **c}),
+        "gptj": lambda **c: hf.GPTJConfig(**{**shared, **narrow, "rotary_dim": 4, **c}),
+        "bloom": lambda **c: hf.BloomConfig(**{**shared, **narrow, **c}),
+        "mixtral": lambda **c: hf.MixtralConfig(**{**shared, **wide, **grouped, "num_local_experts": 2, **c}),
+        "opt": lambda **c: hf.OPTConfig(
+            **{**shared, **wide, "word_embed_proj_dim": 16, "ffn_dim": MLP, "init_std": SPREAD, **c}
+        ),
     }
     return makers[family](**changes)
 

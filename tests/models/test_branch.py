@@ -49,6 +49,23 @@ def test_top_equals_the_whole_transformer(tiny_run: Any, family: str) -> None:
     assert not torch.allclose(other, whole)
 
 
+@pytest.mark.parametrize("family", ["gptj", "bloom"])
+def test_layers_that_return_tuples_are_cut_too(family: str, tiny_run: Any, library: Any) -> None:
+    """The reference and the reward model never run the bottom; they have to know all the same in which form it hands on."""
+    pipeline = frozen(tiny_run, family)
+    batch, mask = sequences([[5, 9, 30], [7, 8, 9]], [[40, 41, 42, 43], [50, 51, 52, 257]])
+    ids, roles = batch.input_ids, pipeline.roles
+    with torch.no_grad():
+        along = replace(batch, trunks=roles.trunk_states(batch))
+        logits = plain_model(library.path(family, "sft"))(input_ids=ids).logits[:, 2:-1]
+        alone = logits.log_softmax(-1).gather(-1, ids[:, 3:, None])[..., 0]
+        score = plain_model(library.path(family, "reward"), task="classifier")(input_ids=ids).logits[:, 0]
+        logprobs, _ = roles.reference(along, mask, temperature=1.0)
+        torch.testing.assert_close(logprobs, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(roles.reward.scores(along), score, rtol=1e-5, atol=1e-5)
+    pipeline.iterate()
+
+
 def test_the_trunk_runs_once_for_both_roles_and_never_in_the_epochs(tiny_run: Any) -> None:
     pipeline = frozen(tiny_run, "llama", **{"ppo.epochs": 3, "rollout.batch_rows": 4})
     scored = pipeline.advantages(pipeline.score(pipeline.rollout()))

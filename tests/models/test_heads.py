@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import FAMILIES, edit_json, plain_model, write_model
+from checkpoints import FAMILIES, FURTHER, edit_json, plain_model, write_model
 from pipeline import Pipeline, hidden_of, sequences
 from quartet.errors import CheckpointError
 from tiny import TinyRun
@@ -44,6 +44,22 @@ def test_value_at_the_last_token_starts_as_the_score(family: str, plan: str, tin
     pipeline = Pipeline(tiny_run(family, **PLANS[plan]))
     torch.testing.assert_close(values_at_the_end(pipeline), scores(pipeline), rtol=1e-5, atol=1e-5)
     assert scores(pipeline).std() > 0.01
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_further_families_compute_what_they_compute_alone(family: str, tiny_run: TinyRun, library: Any) -> None:
+    """What else a family's forward asks its transformer for (a router's logits, its decoder) is no part of a head."""
+    pipeline = Pipeline(tiny_run(family))
+    batch, mask = sequences([[5, 9, 30], [7, 8, 9]], [[40, 41, 42, 43], [50, 51, 52, 257]])
+    ids = batch.input_ids
+    with torch.no_grad():
+        logits = plain_model(library.path(family, "sft"))(input_ids=ids).logits[:, 2:-1]
+        score = plain_model(library.path(family, "reward"), task="classifier")(input_ids=ids).logits[:, 0]
+        logprobs, _ = pipeline.roles.policy(batch, mask, temperature=1.0)
+        alone = logits.log_softmax(-1).gather(-1, ids[:, 3:, None])[..., 0]
+        torch.testing.assert_close(logprobs, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pipeline.roles.reward.scores(batch), score, rtol=1e-5, atol=1e-5)
+    pipeline.iterate()
 
 
 def test_value_head_may_start_at_zero(tiny_run: TinyRun) -> None:

@@ -185,7 +185,8 @@ def test_policy_starts_as_the_sft_adapter(plan: str, tiny_run: TinyRun, library:
 
 
 def test_single_needs_the_same_base(tiny_run: TinyRun) -> None:
-    with pytest.raises(ConfigError, match=r"is an adapter over other weights or another configuration of them; use models.sharing=paired"):
+    other = r"is an adapter over other weights or another configuration of them; use models.sharing=paired"
+    with pytest.raises(ConfigError, match=other):
         Pipeline(tiny_run("llama", "sft", "reward-on-reward", **{"models.sharing": "single", "models.lora": LORA}))
     with pytest.raises(ConfigError, match=r"is a full checkpoint; use models.sharing=paired"):
         Pipeline(tiny_run("llama", "sft", "reward", **{"models.sharing": "single", "models.lora": LORA}))
