@@ -18,9 +18,8 @@ from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of, workload_of
 from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.figures import Estimate
-from quartet.memory.phases import Simulator
 from quartet.memory.search import search
-from quartet.memory.shapes import shape_of
+from quartet.memory.simulator import Simulator
 from quartet.memory.trace import ACTIVATIONS, LOGITS
 from quartet.models.loading import plan_for
 from quartet.models.plan import SharingPlan
@@ -49,10 +48,10 @@ class Planned:
         self.choices: Choices = choices_of(pipeline.config, CPU)
         self.sft, self.reward = pipeline.inputs.sft, pipeline.inputs.reward
         self.workload = workload_of(pipeline.config)
-        self._estimator = Estimator(self.sft, self.reward, self.workload, device)
+        self.estimator = Estimator(self.sft, self.reward, self.workload, device)
 
     def estimate(self, free: float | None = None, **changes: Any) -> Estimate:
-        return self._estimator.estimate(self.plan, replace(self.choices, **changes), free)
+        return self.estimator.estimate(self.plan, replace(self.choices, **changes), free)
 
 
 def test_auto_takes_it_in_bfloat16_where_half_of_the_memory_is_enough(tiny_run: TinyRun) -> None:
@@ -79,12 +78,12 @@ def test_it_takes_the_activations_of_both(tiny_run: TinyRun, changes: dict[str, 
 
 def test_the_policys_peak_is_counted_beside_the_values(tiny_run: TinyRun) -> None:
     planned = Planned(tiny_run())
-    shape = shape_of(planned.sft, "language_model")
+    shapes = planned.estimator.holdings.shapes(planned.plan)
     simulator = Simulator(planned.sft, planned.reward, planned.workload)
 
     def most(parallel: bool, role: str) -> float:
         choices = replace(planned.choices, parallel_passes=parallel, dtype="float32")
-        peaks = simulator.working("update", planned.plan, choices, shape).peaks
+        peaks = simulator.working("update", planned.plan, choices, shapes).peaks
         return max(held[ACTIVATIONS] + held[LOGITS] for label, held in peaks.items() if role in label)
 
     # What one after the other leaves for the next, lent memory above all, is counted twice on the right.

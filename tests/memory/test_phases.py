@@ -14,8 +14,8 @@ from quartet.config import LoraConfig
 from quartet.errors import CheckpointError
 from quartet.memory.choices import Choices, Workload, choices_of, workload_of
 from quartet.memory.estimate import Estimator
-from quartet.memory.phases import PHASES, Simulator
-from quartet.memory.shapes import shape_of
+from quartet.memory.phases import PHASES, RUNS
+from quartet.memory.simulator import Simulator
 from quartet.memory.skeleton import fake_roles, tensors_of
 from quartet.memory.trace import FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
@@ -66,20 +66,22 @@ def test_fake_tensors_take_as_much_as_real_ones(
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(("lora", "checkpointing"), [*itertools.product((None, LoraConfig(r=2)), (False, True))])
+@pytest.mark.parametrize("depth", [7, 10, 4])
 def test_few_layers_tell_what_all_layers_take(
-    tmp_path: Any, phase: str, lora: LoraConfig | None, checkpointing: bool
+    tmp_path: Any, phase: str, lora: LoraConfig | None, checkpointing: bool, depth: int
 ) -> None:
+    """Policy and reward model need not be equally deep."""
     for name, task in (("sft", "lm"), ("reward", "classifier")):
-        write_model(tmp_path / name, "gemma2", task=task, num_hidden_layers=7)
+        write_model(tmp_path / name, "gemma2", task=task, num_hidden_layers=7 if task == "lm" else depth)
     sft, reward = read_checkpoint(str(tmp_path / "sft"), "sft"), read_checkpoint(str(tmp_path / "reward"), "reward")
     sources = Source(sft.base, None), Source(reward.base, None)
     plan = make_plan("auto", lora=lora is not None, sft=sources[0], reward=sources[1], bases_equal=False)
     choices = Choices("auto", lora, "float32", checkpointing, microbatch_rows=4, batch_rows=4)
-    shape = shape_of(sft, "language_model")
-    assert (shape.layers, shape.period) == (7, 2)
-    simulator = Simulator(sft, reward, WORKLOAD)
-    found = simulator.working(phase, plan, choices, shape)
-    whole = Simulator(sft, reward, WORKLOAD).working(phase, plan, choices, replace(shape, period=7))
+    shapes = Estimator(sft, reward, WORKLOAD, torch.device("cpu")).holdings.shapes(plan)
+    assert {(shape.layers, shape.period) for shape in shapes.values()} == {(7, 2), (depth, 2)}
+    found = Simulator(sft, reward, WORKLOAD).working(phase, plan, choices, shapes)
+    unrepeated = {task: replace(shape, period=shape.layers) for task, shape in shapes.items()}
+    whole = Simulator(sft, reward, WORKLOAD).working(phase, plan, choices, unrepeated)
     assert found == whole
 
 
@@ -121,7 +123,7 @@ def test_offloaded_shares_are_away_for_good(tiny_run: Any, engine: str) -> None:
 
 def test_a_model_that_needs_data_is_refused_by_name(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(tiny_run("llama"))
-    monkeypatch.setattr("quartet.memory.phases._scoring", lambda *_: torch.empty(3).nonzero())
+    monkeypatch.setitem(RUNS, "scoring", lambda *_: torch.empty(3).nonzero())
     estimator = Estimator(
         pipeline.inputs.sft, pipeline.inputs.reward, workload_of(pipeline.config), torch.device("cpu")
     )
@@ -171,7 +173,7 @@ def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run
     plan, sft, reward = pipeline.inputs.plan, pipeline.inputs.sft, pipeline.inputs.reward
     choices = choices_of(pipeline.config, torch.device("cpu"), world_size=2, engine=engine)
     mode = FakeTensors()
-    roles = fake_roles(plan, sft, reward, choices, 1, mode)
+    roles = fake_roles(plan, sft, reward, choices, {"language_model": 1, "classifier": 1}, mode)
     found = {type(module) for backbone in roles.backbones.values() for module in backbone.model.modules()}
     assert (FastLinear in found) is own
 

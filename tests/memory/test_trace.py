@@ -74,7 +74,7 @@ def test_depth_is_extrapolated_label_by_label() -> None:
         "backward policy last layer": held(101),
         "forward policy middle layer": held(9000),
     }
-    found = at_depth(small, large, 10.0)
+    found = at_depth(small, [(large, 10.0)])
     # The first is smaller at both depths and larger at the third: only a line for each label finds that.
     assert {label: kinds[ACTIVATIONS] for label, kinds in found.items()} == {
         "forward policy first layer": 410,

@@ -14,7 +14,7 @@ from quartet.memory.figures import Estimate, Ledger, PhaseBytes, PhaseTraffic
 from quartet.memory.holdings import Holdings
 from quartet.memory.libraries import kernels
 from quartet.memory.parallel import passes_in_parallel
-from quartet.memory.phases import PHASES, Simulator
+from quartet.memory.phases import PHASES
 from quartet.memory.sharding import (
     FLOAT,
     extra_bytes,
@@ -23,6 +23,7 @@ from quartet.memory.sharding import (
     resting_on_host,
     widened,
 )
+from quartet.memory.simulator import Simulator
 from quartet.memory.trace import ACTIVATIONS, CACHE, GRADIENTS, LOGITS
 from quartet.memory.traffic import traffic, travel_bytes
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -75,7 +76,7 @@ class Estimator:
 
     def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
         """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
-        work = self._simulator.working(name, plan, choices, self.holdings.shape("language_model", 0))
+        work = self._simulator.working(name, plan, choices, self.holdings.shapes(plan))
         fixed, cuda = ledger.fixed(name), self.device.type == "cuda"
         extra = partial(extra_bytes, name, choices, self.holdings.pieces(plan, choices), cuda=cuda)
         at = max(work.peaks, key=lambda label: sum(work.peaks[label].values()) + extra(at=label))
@@ -99,8 +100,8 @@ class Estimator:
         """What the phases leave compiled."""
         if self.device.type != "cpu":
             return 0
-        shape = self.holdings.shape("language_model", 0)
-        products = {name: len(self._simulator.working(name, plan, choices, shape).products) for name in PHASES}
+        shapes = self.holdings.shapes(plan)
+        products = {name: len(self._simulator.working(name, plan, choices, shapes).products) for name in PHASES}
         return kernels(products, choices, self.workload)
 
     def _trunk_states(self, plan: SharingPlan, choices: Choices) -> float:

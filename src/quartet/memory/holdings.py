@@ -72,6 +72,10 @@ class Holdings:
             self._shapes[key] = shape_of(self._sft if task == "language_model" else self._reward, task, frozen_layers)
         return self._shapes[key]
 
+    def shapes(self, plan: SharingPlan) -> dict[Task, BackboneShape]:
+        """Of the kinds of backbones that a plan has, whole."""
+        return {spec.task: self.shape(spec.task, 0) for spec in plan.backbones}
+
     def _info(self, spec: BackboneSpec) -> CheckpointInfo:
         return self._sft if spec.task == "language_model" else self._reward
 

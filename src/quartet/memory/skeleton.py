@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.linears import Weights, restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.packing import assume_packing, longest_packed
-from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
+from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan, Task
 from quartet.models.precision import tile_of
 from quartet.models.residency import Residency
 from quartet.models.roles import Roles
@@ -82,21 +82,25 @@ class _MarkedHead:
         return self._head.linear if self._on_cpu else None
 
 
+Depths = Mapping[Task, int]
+"""Decoder layers of the two kinds of backbones."""
+
+
 def fake_roles(
-    plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, depth: int, mode: FakeTensors
+    plan: SharingPlan, sft: CheckpointInfo, reward: CheckpointInfo, choices: Choices, depths: Depths, mode: FakeTensors
 ) -> Roles:
-    """The roles as `load_roles` would make them, with `depth` layers, on fake tensors of a mode."""
+    """The roles as `load_roles` would make them, with so many layers, on fake tensors of a mode."""
     dtype = torch_dtype(choices.dtype)
     by_source = {"policy": sft, "reference": sft, "sft": sft, "value": reward, "reward": reward}
     backbones: dict[str, Backbone] = {}
     for spec in plan.backbones:
         if spec.top_of is not None:
             info = sft if spec.task == "language_model" else reward
-            backbones[spec.name] = _twin(spec, info, backbones[spec.top_of], depth, mode)
+            backbones[spec.name] = _twin(spec, info, backbones[spec.top_of], depths[spec.task], mode)
             continue
         info = sft if spec.task == "language_model" else reward
         with torch.device("meta"):
-            model = empty_model(info, spec.task, depth=depth, dtype=_held(spec, choices))
+            model = empty_model(info, spec.task, depth=depths[spec.task], dtype=_held(spec, choices))
             if choices.quantization is not None and not spec.trainable:
                 quantize(model, choices.quantization)
             for adapter in spec.adapters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,19 +219,20 @@ class LayerLabels:
         return hook
 
 
-def at_depth(small: Mapping[str, Bytes], large: Mapping[str, Bytes], share: float) -> dict[str, Bytes]:
-    """Peaks at another depth, each label and kind along the line through two depths.
+def at_depth(small: Mapping[str, Bytes], larger: Sequence[tuple[Mapping[str, Bytes], float]]) -> dict[str, Bytes]:
+    """Peaks at another depth, each label and kind along the lines through a small depth and larger ones.
 
     Args:
-        small, large: peaks by label at two depths.
-        share: (depth - small depth) / (large depth - small depth).
+        small: peaks by label at the small depth.
+        larger: those at larger depths, and how many times the way from the small depth to that one is to be gone.
     """
     found = {}
     for label, low in small.items():
-        if "middle layer" in label or label not in large:
+        if "middle layer" in label or any(label not in large for large, _ in larger):
             continue
-        high = large[label]
-        found[label] = {kind: low[kind] + share * (high[kind] - low[kind]) for kind in KINDS}
+        found[label] = {
+            kind: low[kind] + sum(times * (large[label][kind] - low[kind]) for large, times in larger) for kind in KINDS
+        }
     return found
 
 
