@@ -94,23 +94,63 @@ def adapter_size(
 def fresh_size(base: CheckpointInfo, task: Task, lora: LoraConfig, shape: BackboneShape) -> TensorSizes:
     """Size of a new adapter on all layers.
 
-    Layers repeat with `shape.period`, so that the size is linear in the repetitions: two small models tell it.
+    Layers repeat with `shape.period`, so that the size is linear in the repetitions: two small models tell it. An adapter that
+    is not on all layers alike is attached to all of them.
 
     Raises:
         ConfigError: `target_modules` names nothing.
     """
     small = 1 + (shape.layers - 1) % shape.period
     large = small + shape.period
-    if large >= shape.layers:
-        return _attached(base, task, lora, None)
-    low, high = _attached(base, task, lora, small), _attached(base, task, lora, large)
+    if large >= shape.layers or _names_layers(lora):
+        return _size(_attached(base, task, lora, None))
+    low, high = _size(_attached(base, task, lora, small)), _size(_attached(base, task, lora, large))
     times = (shape.layers - small) // shape.period
     return low.repeated(high, times)
 
 
-def _attached(base: CheckpointInfo, task: Task, lora: LoraConfig, depth: int | None) -> TensorSizes:
+def everywhere(
+    adapter: AdapterSpec, lora: LoraConfig | None, owner: CheckpointInfo, base: CheckpointInfo, task: Task
+) -> LoraConfig | None:
+    """An adapter of the same modules on all layers, to be attached to a model of few layers; None where no layer has one.
+
+    Args:
+        as `adapter_size`.
+
+    Raises:
+        ConfigError: `target_modules` names nothing.
+    """
+    if not adapter.trainable:
+        stored = {name: t.shape for name, t in owner.adapter_tensors.items() if ".lora_A." in name}
+        names = _of_layers(stored)
+        return LoraConfig(r=max(shape[0] for shape in stored.values()), target_modules=names) if names else None
+    assert lora is not None
+    if not _names_layers(lora):
+        return lora
+    return lora.model_copy(update={"target_modules": _of_layers(_attached(base, task, lora, None))})
+
+
+def _names_layers(lora: LoraConfig) -> bool:
+    """Whether the targets may single out layers: an expression, or names with a number in them."""
+    targets = lora.target_modules
+    if isinstance(targets, str):
+        return targets != "all-linear"
+    return any(part.isdigit() for target in targets for part in target.split("."))
+
+
+def _of_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of the adapted modules within layers, from those of their matrices (`….layers.3.self_attn.q_proj.lora_A.…`)."""
+    paths = [name.split(".lora_A.")[0].split(".") for name in names if ".lora_A." in name]
+    return tuple(sorted({path[-1] for path in paths if any(part.isdigit() for part in path)}))
+
+
+def _attached(base: CheckpointInfo, task: Task, lora: LoraConfig, depth: int | None) -> dict[str, int]:
+    """Elements of a new adapter's tensors by name."""
     with torch.device("meta"):
         model = empty_model(base, task, depth=depth)
         adapters.attach_fresh(model, "counted", lora, seed=0)
-    found = [p.numel() for _, p in adapters.adapter_parameters(model, "counted")]
-    return TensorSizes.of(found)
+    return {name: p.numel() for name, p in adapters.adapter_parameters(model, "counted")}
+
+
+def _size(tensors: dict[str, int]) -> TensorSizes:
+    return TensorSizes.of(tensors.values())

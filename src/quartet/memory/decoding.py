@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quartet.memory.choices import Choices, Workload
-from quartet.memory.trace import CACHE, MemoryTrace
+from quartet.memory.trace import CACHE, SETUP, MemoryTrace
 from quartet.models.roles import Roles
 from quartet.rollout.sampling import sample
 from quartet.rollout.static import PREFILL_TOKENS
@@ -53,7 +53,7 @@ def _growing(trace: MemoryTrace, roles: Roles, workload: Workload, rows: int) ->
     trace.stage = "prompts"
     trace.enter("policy embeddings")
     _grow(trace, roles, workload, rows, workload.longest_prompt)
-    trace.stage = "setup"
+    trace.stage = SETUP
     trace.enter("cache")
     cache = _grow(trace, roles, workload, rows, workload.longest - 1)
     trace.stage = "decoding"
@@ -83,7 +83,7 @@ def _grow(
 def _preallocated(trace: MemoryTrace, decoder: Decoder, roles: Roles, workload: Workload, rows: int) -> None:
     cache = decoder.new_cache(rows, workload.longest)
     group = max(1, min(rows, PREFILL_TOKENS // workload.longest_prompt))
-    trace.stage = "setup"
+    trace.stage = SETUP
     trace.enter("cache")
     _prefill(decoder, cache, roles, group, workload)  # shapes that come again: what was found for them is looked up
     _mark(trace, cache)

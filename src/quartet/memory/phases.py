@@ -11,7 +11,7 @@ from torch import Tensor
 from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.skeleton import PlannedSequences, tensors_of
-from quartet.memory.trace import GRADIENTS, MemoryTrace
+from quartet.memory.trace import GRADIENTS, SETUP, MemoryTrace
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
@@ -44,8 +44,10 @@ def update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workloa
     rows = min(choices.microbatch_rows, count)
     trainable = [p for p in tensors_of(roles) if p.requires_grad]
     handles = [p.register_post_accumulate_grad_hook(lambda p: trace.mark([p.grad], GRADIENTS)) for p in trainable]
+    trace.stage = SETUP
+    trace.enter("trunk")
+    roles.trunk_states(PlannedSequences.of(1, 1, 1))  # scoring did, and what the layers return is known from then on
     if count > rows:
-        trace.stage = "setup"
         trace.enter("gradients")
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)

@@ -12,7 +12,7 @@ from quartet.memory.choices import Choices, Workload
 from quartet.memory.phases import RUNS
 from quartet.memory.shapes import BackboneShape
 from quartet.memory.skeleton import Depths, fake_roles, tensors_of, traced
-from quartet.memory.trace import Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
+from quartet.memory.trace import SETUP, Bytes, FakeTensors, MemoryTrace, NotTraceable, at_depth, largest
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.packing import assume_packing
 from quartet.models.plan import SharingPlan, Task
@@ -155,7 +155,7 @@ def _pad(roles: Roles) -> bool:
 
 
 def _labelled(trace: MemoryTrace) -> dict[str, Bytes]:
-    return {label: held for label, held in trace.peaks.items() if label and not label.startswith("setup")}
+    return {label: held for label, held in trace.peaks.items() if label and not label.startswith(SETUP)}
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quartet.config import LoraConfig
 from quartet.distributed import CUTTING, WholeWeights
+from quartet.memory.adapter_sizes import everywhere
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.quantized import quantize
 from quartet.memory.shapes import decoder_layers, empty_model, hidden_size
@@ -26,7 +26,7 @@ from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.linears import Weights, restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.packing import assume_packing, longest_packed
-from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan, Task
+from quartet.models.plan import BackboneSpec, SharingPlan, Task
 from quartet.models.precision import tile_of
 from quartet.models.residency import Residency
 from quartet.models.roles import Roles
@@ -104,7 +104,9 @@ def fake_roles(
             if choices.quantization is not None and not spec.trainable:
                 quantize(model, choices.quantization)
             for adapter in spec.adapters:
-                adapters.attach_fresh(model, adapter.name, _lora(adapter, choices, by_source[adapter.name]), seed=0)
+                lora = everywhere(adapter, choices.lora, by_source[adapter.name], info, spec.task)
+                if lora is not None:
+                    adapters.attach_fresh(model, adapter.name, lora, seed=0)
         _to_fake(model, mode)
         backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
         backbones[spec.name].weights = WholeWeights(are_whole=choices.engine not in CUTTING)
@@ -146,7 +148,7 @@ def _twin(spec: BackboneSpec, info: CheckpointInfo, below: Backbone, depth: int,
     use_own_attention(model)
     use_fast_linears(model)
     use_fused_layers(model)
-    return Backbone(spec, model, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
+    return Backbone(spec, model, dtype=below.dtype, below=below)
 
 
 def _to_fake(model: nn.Module, mode: FakeTensors, made: dict[int, Tensor] | None = None) -> None:
@@ -170,19 +172,6 @@ def _to_fake(model: nn.Module, mode: FakeTensors, made: dict[int, Tensor] | None
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)
-
-
-def _lora(adapter: AdapterSpec, choices: Choices, info: CheckpointInfo) -> LoraConfig:
-    if adapter.trainable:
-        assert choices.lora is not None
-        return choices.lora
-    content = info.adapter_config
-    targets = content.get("target_modules") or "all-linear"
-    return LoraConfig(
-        r=content.get("r", 8),
-        alpha=content.get("lora_alpha", 8),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-    )
 
 
 def models_of(roles: Roles) -> list[PreTrainedModel]:

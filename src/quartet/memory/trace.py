@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from quartet.errors import CheckpointError
 
 ACTIVATIONS, GRADIENTS, LOGITS, CACHE = "activations", "gradients", "logits", "kv_cache"
+SETUP = "setup"
+"""Stage of what a run does not do at this moment, and which does not count."""
 KINDS = (ACTIVATIONS, GRADIENTS, LOGITS, CACHE)
 _DEVICE = torch.ops.prim.device.default
 _LOOKED_UP = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}
@@ -106,7 +108,7 @@ class MemoryTrace(TorchDispatchMode):
         else:
             result = run()
         name = func._schema.name  # whatever its overload: with a tensor to write to, say
-        if name in _PRODUCTS and args[0].dtype == torch.bfloat16:
+        if name in _PRODUCTS and self.stage != SETUP and args[0].dtype == torch.bfloat16:
             self.products.add((name, *((tuple(t.shape), _order(t)) for t in args if isinstance(t, Tensor))))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

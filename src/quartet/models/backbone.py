@@ -25,8 +25,12 @@ class Backbone(nn.Module):
     """Weights and adapters of one plan entry; roles look at it through views."""
 
     def __init__(
-        self, spec: BackboneSpec, model: PreTrainedModel, *, dtype: torch.dtype, frozen_layers: int = 0
+        self, spec: BackboneSpec, model: PreTrainedModel, *, dtype: torch.dtype, below: Backbone | None = None
     ) -> None:
+        """
+        Args:
+            below: the backbone whose frozen bottom this one shares.
+        """
         super().__init__()
         self.spec = spec
         self.model = model
@@ -38,8 +42,11 @@ class Backbone(nn.Module):
         self.packs_up_to = 0
         """Tokens of a sequence up to which sequences may lie side by side; `packing.py` decides."""
         self._recomputes = False
-        layers = spec.frozen_layers or frozen_layers
-        self.branch = Branch(self.transformer, layers) if layers else None
+        self.branch: Branch | None = None
+        if below is not None and below.branch is not None:
+            self.branch = Branch(self.transformer, below.spec.frozen_layers, below.branch.form)
+        elif spec.frozen_layers:
+            self.branch = Branch(self.transformer, spec.frozen_layers)
 
     @property
     def transformer(self) -> nn.Module:

@@ -56,24 +56,30 @@ class Branch:
     treatment of positions and scales.
     """
 
-    def __init__(self, transformer: nn.Module, layers: int) -> None:
+    def __init__(self, transformer: nn.Module, layers: int, form: list[bool] | None = None) -> None:
+        """
+        Args:
+            layers: of the bottom.
+            form: of another branch of the same family, which it shares from then on.
+        """
         self._transformer = transformer
         self._name, whole = layer_list(transformer)
         self._whole = whole
-        form: list[bool] = []
+        form = [] if form is None else form
         skips = [_Skip(layer, form) for layer in whole]
         self._inject = _Inject(whole[layers - 1], form)
         self._bottom = nn.ModuleList([*whole[:layers], *skips[layers:]])
         self._top = nn.ModuleList([*skips[: layers - 1], self._inject, *whole[layers:]])
         self._seam = whole[layers - 1]
-        self._form = form
+        self.form = form
+        """Whether the family's layers return tuples: learned when the bottom runs, which it does before any top."""
 
     def bottom(self, **arguments: Any) -> Tensor:
         """States `[n, L, H]` after the trunk's last layer."""
         found: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            self._form[:] = [isinstance(output, tuple)]
+            self.form[:] = [isinstance(output, tuple)]
             found.append(output[0] if isinstance(output, tuple) else output)
 
         handle = self._seam.register_forward_hook(keep)

@@ -44,11 +44,24 @@ def _is_linear(forward: Callable[..., Any] | None) -> bool:
     return bool(made) and all(UNCHANGED.fullmatch(one) for one in made)
 
 
+class _States(BaseModelOutputWithPastAndCrossAttentions):
+    """Hidden states, and None for whatever else a family's transformer gives (a router's logits)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _PassThrough(nn.Module):
     """Stands where the transformer was and hands back the hidden states it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _States:
+        return _States(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> _PassThrough:
+        """Itself, for families whose forward goes around the transformer's outer module (OPT)."""
+        return self
 
 
 class LogitHead:

@@ -250,8 +250,7 @@ def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, chec
 def _upper(spec: BackboneSpec, below: Backbone) -> Backbone:
     """The frozen twin of a backbone that trains its top: copied before the first step, sharing all that is frozen."""
     twin = copy_top(below.model)
-    assert below.branch is not None
-    return Backbone(spec, twin, dtype=below.dtype, frozen_layers=below.spec.frozen_layers)
+    return Backbone(spec, twin, dtype=below.dtype, below=below)
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
