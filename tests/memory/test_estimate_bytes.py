@@ -21,6 +21,7 @@ from quartet.memory.libraries import (
     WITH_4BIT,
 )
 
+TRUNK = {"models.value_model": "trunk", "models.value_head_init": "zero"}
 CASES = [
     ("llama", "sft", "reward", {}),
     ("gpt2", "sft", "reward", {}),
@@ -35,7 +36,13 @@ CASES = [
     ("llama", "sft-lora", "reward", {"models.dtype": "bfloat16"}),
     ("llama", "sft", "reward", {"models.freeze_layers": 1}),
     ("gpt2", "sft", "reward", {"models.freeze_layers": 1, "models.dtype": "bfloat16"}),
-    ("llama", "sft", "reward", {"models.value_model": "trunk", "models.value_head_init": "zero"}),
+    ("llama", "sft", "reward", TRUNK),
+    (
+        "llama",
+        "sft",
+        "reward-lora",
+        {"models.freeze_layers": 1, "models.value_model": "trunk", "models.value_head_init": "zero"},
+    ),
     (
         "llama",
         "sft",
@@ -124,6 +131,13 @@ def test_weights_that_need_no_copy_are_not_anonymous(tiny_run: Any) -> None:
     assert min(mapped["reference"], mapped["reward"]) > 0
     # What is trained is mapped too until the first step writes to it.
     assert trained.phase("load").weights < trained.phase("rollout").weights
+
+
+def test_what_a_merged_adapter_leaves_alone_stays_mapped(tiny_run: Any) -> None:
+    estimate = estimate_for(Pipeline(tiny_run("llama", "sft-lora", **{"models.freeze_layers": 1})))
+    # Embeddings and two norms of the frozen layer; its linear layers have the adapter in them.
+    assert estimate.backbones[0].mapped == (260 * 32 + 2 * 32) * 4
+    assert estimate.phase("load").weights < estimate.phase("rollout").weights
 
 
 def test_layers_that_alternate_are_counted(tmp_path: Any, tiny_run: Any) -> None:

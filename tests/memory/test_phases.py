@@ -10,10 +10,10 @@ import torch
 
 from checkpoints import write_model
 from pipeline import Pipeline
-from quartet.config import LoraConfig
+from quartet.config import LoraConfig, parse_config
 from quartet.errors import CheckpointError
 from quartet.memory.choices import Choices, Workload, choices_of, workload_of
-from quartet.memory.estimate import Estimator
+from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.phases import PHASES, RUNS
 from quartet.memory.simulator import Simulator
 from quartet.memory.skeleton import fake_roles, tensors_of
@@ -21,6 +21,7 @@ from quartet.memory.trace import FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
+from quartet.models.loading import plan_for
 from quartet.models.plan import Source, make_plan
 
 WORKLOAD = Workload(10, 6, 8, 1, 1, False, 1.0, 1.0)
@@ -83,6 +84,31 @@ def test_few_layers_tell_what_all_layers_take(
     unrepeated = {task: replace(shape, period=shape.layers) for task, shape in shapes.items()}
     whole = Simulator(sft, reward, WORKLOAD).working(phase, plan, choices, unrepeated)
     assert found == whole
+
+
+def test_an_evaluation_larger_than_an_iteration_counts(tiny_run: Any) -> None:
+    few = {"rollout.batch_size": 4, "rollout.batch_rows": 40}
+    small, large = (parse_config(tiny_run("llama", **few, **{"data.eval_count": count})) for count in (4, 40))
+    as_large = parse_config(tiny_run("llama", **few | {"rollout.batch_size": 40}))
+    caches = []
+    for config in (small, large, as_large):
+        estimator = estimator_for(config)
+        plan = plan_for(config.models, estimator.sft, estimator.reward)
+        caches.append(estimator.estimate(plan, choices_of(config, torch.device("cpu"))).phase("rollout").kv_cache)
+    assert caches[0] * 10 == caches[1] == caches[2]
+    assert estimator_for(large, evaluated=7).workload.together(1) == 7
+
+
+def test_correcting_the_rollout_counts(tiny_run: Any) -> None:
+    """The policy's pass over the responses, as the reference's in scoring; both have the same layers here."""
+    config = parse_config(tiny_run("llama", **{"rollout.correct_rollout": True}))
+    estimator, choices = estimator_for(config), choices_of(config, torch.device("cpu"))
+    plan = plan_for(config.models, estimator.sft, estimator.reward)
+    shapes = estimator.holdings.shapes(plan)
+    simulator = Simulator(estimator.sft, estimator.reward, estimator.workload)
+    peaks = {phase: simulator.working(phase, plan, choices, shapes).peaks for phase in ("rollout", "scoring")}
+    for place in ("first layer", "last layer", "logits"):
+        assert peaks["rollout"][f"correction policy {place}"] == peaks["scoring"][f"reference {place}"]
 
 
 def test_offloaded_backbones_take_turns(tiny_run: Any) -> None:

@@ -158,6 +158,20 @@ def test_a_value_head_on_the_policys_states(tiny_run: Any, lora: Any, reward: st
     assert all(not torch.equal(before[name], moved[name]) for name in before)
 
 
+def test_a_reward_adapter_beside_a_value_head_on_the_policy_stays_an_adapter(tiny_run: Any, library: Any) -> None:
+    """There is no trained twin whose weights it was added into."""
+    changes = {"models.value_model": "trunk", "models.value_head_init": "zero"}
+    pipeline = frozen(tiny_run, "llama", reward="reward-lora", **changes)
+    batch, _ = sequences([[5, 9, 30], [7, 8, 9]], [[40, 41, 42, 43], [50, 51, 52, 257]])
+    alone = plain_model(library.path("llama", "reward-lora"), task="classifier")
+    with torch.no_grad():
+        scores = alone(input_ids=batch.input_ids).logits[:, 0]
+        torch.testing.assert_close(pipeline.roles.reward.scores(batch), scores, rtol=0, atol=0)
+    view = pipeline.roles.plan.view("reward")
+    assert (view.backbone, view.adapter) == ("reward", "reward")
+    pipeline.iterate()
+
+
 def test_a_score_head_on_other_states_is_refused(tiny_run: Any) -> None:
     with pytest.raises(ConfigError, match=r"set models\.value_head_init=zero"):
         Pipeline(tiny_run("llama", **{"models.value_model": "trunk"}))

@@ -13,7 +13,7 @@ import torch
 from quartet.config import LoraConfig
 from quartet.memory.shapes import BackboneShape, empty_model
 from quartet.models import adapters
-from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import AdapterSpec, Task
 
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
@@ -128,6 +128,15 @@ def everywhere(
     if not _names_layers(lora):
         return lora
     return lora.model_copy(update={"target_modules": _of_layers(_attached(base, task, lora, None))})
+
+
+def merged_weights(owner: CheckpointInfo) -> set[str]:
+    """Names of the weights that a checkpoint's adapter changes when it is merged."""
+    return {
+        f"{name.removeprefix(PEFT_PREFIX).split('.lora_')[0]}.weight"
+        for name in owner.adapter_tensors
+        if ".lora_" in name
+    }
 
 
 def _names_layers(lora: LoraConfig) -> bool:

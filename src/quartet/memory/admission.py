@@ -22,6 +22,7 @@ def predict(
     reward: CheckpointInfo,
     *,
     longest_prompt: int,
+    evaluated: int,
     world_size: int = 1,
     engine: str | None = None,
     free: int | None = None,
@@ -30,6 +31,7 @@ def predict(
 
     Args:
         longest_prompt: tokens.
+        evaluated: prompts of an evaluation.
         world_size, engine: processes and what shares the work between them, as `choices_of`.
         free: bytes for one process before loading; None where unknown.
 
@@ -37,7 +39,7 @@ def predict(
         NotTraceable: a family whose code needs data and not only shapes.
         ConfigError, CheckpointError: as loading.
     """
-    estimator = estimator_for(config, sft, reward, longest_prompt=longest_prompt)
+    estimator = estimator_for(config, sft, reward, longest_prompt=longest_prompt, evaluated=evaluated)
     choices = choices_of(config, estimator.device, world_size=world_size, engine=engine)
     return estimator.estimate(plan, choices, free)
 

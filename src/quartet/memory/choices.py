@@ -63,6 +63,10 @@ class Workload:
     entropy_gradient: bool
     top_p: float
     temperature: float
+    evaluated: int = 0
+    """Prompts of an evaluation, all processes together."""
+    corrects: bool = False
+    """Whether the policy computes the log-probabilities of the responses once more in the rollout."""
 
     @property
     def longest(self) -> int:
@@ -76,6 +80,10 @@ class Workload:
     def process_rows(self, world_size: int) -> int:
         """Episodes of one iteration in one process."""
         return max(1, self.batch_size // world_size)
+
+    def together(self, world_size: int) -> int:
+        """Most sequences that one process generates or scores: an iteration's or an evaluation's."""
+        return max(self.process_rows(world_size), -(-self.evaluated // world_size))
 
 
 def plan_device(name: str) -> torch.device:
@@ -115,11 +123,12 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
     )
 
 
-def workload_of(config: Config, longest_prompt: int | None = None) -> Workload:
+def workload_of(config: Config, longest_prompt: int | None = None, evaluated: int | None = None) -> Workload:
     """The sizes of a configuration's iteration.
 
     Args:
         longest_prompt: tokens of the longest prompt where the prompts are known; `data.max_prompt_tokens` otherwise.
+        evaluated: prompts held out for evaluation where they are known; `data.eval_count` otherwise.
     """
     known = config.data.max_prompt_tokens if longest_prompt is None else longest_prompt
     return Workload(
@@ -131,6 +140,8 @@ def workload_of(config: Config, longest_prompt: int | None = None) -> Workload:
         entropy_gradient=config.ppo.entropy_coef > 0,
         top_p=config.rollout.top_p,
         temperature=config.rollout.temperature,
+        evaluated=config.data.eval_count if evaluated is None else evaluated,
+        corrects=config.rollout.correct_rollout,
     )
 
 

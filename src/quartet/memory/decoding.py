@@ -29,7 +29,7 @@ def decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workl
 
 
 def _decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
-    rows = min(choices.batch_rows, workload.process_rows(choices.world_size))
+    rows = min(choices.batch_rows, workload.together(choices.world_size))
     if choices.rollout_engine == "vllm":
         trace.stage = "decoding"
         trace.enter("policy embeddings")

@@ -140,13 +140,14 @@ def estimator_for(
     reward: CheckpointInfo | None = None,
     *,
     longest_prompt: int | None = None,
+    evaluated: int | None = None,
 ) -> Estimator:
     """The estimator of a configuration.
 
     Args:
         sft, reward: where they were read already.
-        longest_prompt: tokens, where the prompts are known; `data.max_prompt_tokens` otherwise.
+        longest_prompt, evaluated: as `workload_of`.
     """
     sft = sft or open_checkpoint(config.models, "sft", headers_only=True)
     reward = reward or open_checkpoint(config.models, "reward", headers_only=True)
-    return Estimator(sft, reward, workload_of(config, longest_prompt), plan_device(config.models.device))
+    return Estimator(sft, reward, workload_of(config, longest_prompt, evaluated), plan_device(config.models.device))

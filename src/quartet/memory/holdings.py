@@ -9,7 +9,7 @@ import torch
 
 from quartet.config import LoraConfig
 from quartet.distributed import CUTTING
-from quartet.memory.adapter_sizes import TensorSizes, adapter_size
+from quartet.memory.adapter_sizes import TensorSizes, adapter_size, merged_weights
 from quartet.memory.choices import Choices, torch_dtype
 from quartet.memory.figures import BackboneBytes, Ledger, PhaseBytes, RoleBytes
 from quartet.memory.libraries import converting, libraries_at_load, libraries_in_phases, model_objects
@@ -116,9 +116,10 @@ class Holdings:
         if spec.trainable:
             frozen = shape.tensors.keys() - shape.trained
             weights = trained + shape.count(frozen) * dtype.itemsize + shape.buffer_bytes
-            if self._device.type != "cpu" or spec.merged_adapter is not None:
+            if self._device.type != "cpu":
                 return _WeightBytes(weights, 0, 0)
-            stored = shape.in_file(info, torch.float32)
+            written = merged_weights(info) if spec.merged_adapter is not None else set()
+            stored = shape.in_file(info, torch.float32) - written
             kept = shape.count(frozen & stored) * FLOAT if dtype == torch.float32 else 0
             return _WeightBytes(weights, kept, kept + shape.count(shape.trained & stored) * FLOAT)
         if choices.quantization is not None:

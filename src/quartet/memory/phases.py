@@ -22,10 +22,26 @@ TOGETHER = ("zero2", "zero3")
 """Engines under which policy and value are one module with one backward pass."""
 
 
+def rollout(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
+    """Decoding, and the policy's pass over the responses where their log-probabilities are computed once more."""
+    decoding(trace, roles, choices, workload)
+    if workload.corrects:
+        trace.stage = "correction"
+        trace.enter("policy embeddings")
+        plain = _scored(choices, workload)
+        with torch.no_grad():
+            roles.policy(plain, plain.mask(), temperature=workload.temperature)
+
+
+def _scored(choices: Choices, workload: Workload) -> PlannedSequences:
+    """What passes without gradients compute at once."""
+    rows = min(choices.scoring_rows, workload.together(choices.world_size))
+    return PlannedSequences.of(rows, workload.longest, workload.response_length)
+
+
 def scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
     """One microbatch through the roles, one after the other."""
-    rows = min(choices.scoring_rows, workload.process_rows(choices.world_size))
-    plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
+    plain = _scored(choices, workload)
     mask = plain.mask()
     with torch.no_grad():
         trace.enter("trunk embeddings")
@@ -137,7 +153,7 @@ def _trunk_blocks(roles: Roles, rows: int, length: int) -> dict[str, Tensor]:
 
 
 RUNS: dict[str, Callable[[MemoryTrace, Roles, Choices, Workload], None]] = {
-    "rollout": decoding,
+    "rollout": rollout,
     "scoring": scoring,
     "update": update,
 }

@@ -174,10 +174,15 @@ def _with_value_on_policy(plan: SharingPlan) -> SharingPlan:
         if spec.name == "value":
             continue
         kept = tuple(adapter for adapter in spec.adapters if adapter.name != "value" or old.adapter != "value")
-        top_of = None if spec.top_of == "value" else spec.top_of
-        backbones.append(replace(spec, adapters=kept, top_of=top_of))
-    views = tuple(value if view.role == "value" else view for view in plan.views)
-    return SharingPlan(plan.name, tuple(backbones), views)
+        if spec.top_of == "value":  # with a bottom of its own it is a frozen backbone as any other
+            on = (AdapterSpec("reward", False, spec.merged_adapter),) if spec.merged_adapter else ()
+            spec, kept = replace(spec, top_of=None, merged_adapter=None), on
+        backbones.append(replace(spec, adapters=kept))
+    own = {adapter.name for spec in backbones for adapter in spec.adapters}
+    views = [
+        replace(v, adapter=v.role) if v.role == v.backbone == "reward" and "reward" in own else v for v in plan.views
+    ]
+    return SharingPlan(plan.name, tuple(backbones), tuple(value if view.role == "value" else view for view in views))
 
 
 def _separate(sft: Source, reward: Source, lora: bool, freeze_layers: int) -> SharingPlan:

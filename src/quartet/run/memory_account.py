@@ -137,6 +137,7 @@ def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine, free: int
         inputs.sft,
         inputs.reward,
         longest_prompt=longest,
+        evaluated=len(evaluation),
         world_size=engine.world_size,
         engine=engine.name,
         free=free,
