@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from quartet.distributed import BackboneWeights, WeightKeeper, stage3
+from quartet.distributed import BackboneWeights, WeightKeeper, choose, stage3
 from quartet.distributed.deepspeed_setup import import_deepspeed
 from quartet.distributed.fsdp2 import FullyShardedDataParallel
 from quartet.distributed.zero3 import Zero3
@@ -61,6 +61,13 @@ def train_with_own(values: dict[str, Any], key: str, own: list[Any]) -> str:
     section, name = key.split(".")
     mine = {**values, section: {**values.get(section, {}), name: own[int(os.environ["RANK"])]}}
     return str(train(mine))
+
+
+def train_without_deepspeed(values: dict[str, Any], lacking: list[int]) -> str:
+    """A run where some processes' machines lack DeepSpeed."""
+    if int(os.environ["RANK"]) in lacking:
+        choose.find_spec = lambda name: None  # type: ignore[assignment, attr-defined]
+    return str(train(values))
 
 
 def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
