@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from distributed.runs import train_in_folder, train_run, train_until_killed, train_with_own, train_without_deepspeed
@@ -103,6 +104,24 @@ def test_an_error_of_one_process_is_that_of_all(tiny_run: TinyRun, tmp_path: Pat
     assert found[0] == found[1]
     assert "prompts.txt" in found[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("backends", "together"), [("cpu:gloo,cuda:gloo", True), ("cpu:gloo,cuda:nccl", False)])
+def test_after_an_error_nothing_is_left_that_needs_the_others(
+    backends: str, together: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Destroying a group of NCCL waits for all processes."""
+    destroyed, destroy = [], dist.destroy_process_group
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(destroy()))
+    config = parse_config(tiny_run(**{"distributed.engine": "ddp"}))
+    with pytest.raises(TrainingError, match="boom"), joined(config):
+        raise TrainingError("boom")
+    assert bool(destroyed) is together
+    assert not dist.is_initialized()
+    with joined(config):  # another run in this process
+        pass
+    assert destroyed[-1:] == [None]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])

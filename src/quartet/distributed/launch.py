@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from quartet.config import Config
@@ -81,14 +82,13 @@ def joined(config: Config) -> Iterator[ProcessEngine]:
         _join(config, here, device, store)
         yield _engine(name, device)
         dist.barrier()
-    except Exception as error:
-        told = _last_words(store, here.rank, error)
+    except BaseException as error:
+        told = _last_words(store, here.rank, error) if isinstance(error, Exception) else None
+        _leave_alone()
         if told is not None:
             raise told from error
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _chosen(config: Config, here: Place) -> tuple[str, torch.device]:
@@ -140,6 +140,20 @@ def _join(config: Config, here: Place, device: torch.device, store: Store) -> No
     )
     # accelerate and DeepSpeed have been seen to leave every process as number 0 of 1.
     assert (dist.get_rank(), dist.get_world_size()) == (here.rank, here.world_size)
+
+
+def _leave_alone() -> None:
+    """Leave the group after an error. gloo closes its connections, which the others notice; NCCL's way out is one that all
+    processes take together, and they may be waiting in another operation: there the launcher ends them."""
+    if not dist.is_initialized():
+        return
+    if "nccl" not in dist.get_backend_config():
+        dist.destroy_process_group()
+        return
+    abort = getattr(distributed_c10d, "_abort_process_group", None)
+    if abort is not None:
+        with suppress(RuntimeError):  # not to stand in the way of the error that is under way
+            abort()
 
 
 def _engine(name: str, device: torch.device) -> ProcessEngine:
