@@ -70,6 +70,12 @@ def train_without_deepspeed(values: dict[str, Any], lacking: list[int]) -> str:
     return str(train(values))
 
 
+def train_on_machines(values: dict[str, Any], folders: list[Path]) -> str:
+    """A run whose processes are each the only one of their machine, and work in folders of their own."""
+    os.environ["LOCAL_RANK"] = "0"
+    return train_in_folder(values, folders)
+
+
 def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
     """A run whose processes work in folders of their own."""
     os.chdir(folders[int(os.environ["RANK"])])

@@ -12,7 +12,15 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from distributed.runs import train_in_folder, train_run, train_until_killed, train_with_own, train_without_deepspeed
+from checkpoints import write_model
+from distributed.runs import (
+    train_in_folder,
+    train_on_machines,
+    train_run,
+    train_until_killed,
+    train_with_own,
+    train_without_deepspeed,
+)
 from processes import free_port, run_processes
 from quartet.cli import main
 from quartet.config import parse_config
@@ -103,6 +111,31 @@ def test_an_error_of_one_process_is_that_of_all(tiny_run: TinyRun, tmp_path: Pat
     found = said(run_processes(tmp_path / "results", 2, train_in_folder, values, folders))
     assert found[0] == found[1]
     assert "prompts.txt" in found[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["models.reward", "data.prompts", "data.eval_prompts"])
+def test_files_that_differ_between_machines_are_named(
+    key: str, tiny_run: TinyRun, library: Any, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "one machine", tmp_path / "other machine"]
+    rewards = [library.path("llama", "reward")] * 2
+    if key == "models.reward":
+        rewards[1] = write_model(tmp_path / "other reward", "llama", task="classifier", seed=9)
+    for number, (folder, reward) in enumerate(zip(folders, rewards, strict=True)):
+        folder.mkdir()
+        (folder / "reward").symlink_to(reward)
+        for name in ("prompts", "eval_prompts"):
+            last = f"q {number}" if key == f"data.{name}" else "q"
+            (folder / f"{name}.txt").write_text(f"a\nto be\nwhy?\n{last}\n")
+    files = {"models.reward": "reward", "data.prompts": "prompts.txt", "data.eval_prompts": "eval_prompts.txt"}
+    values = changed(tiny_run(**{"distributed.engine": "ddp", "data.eval_count": 4}), files)
+    found = said(run_processes(tmp_path / "results", 2, train_on_machines, values, folders))
+    sentence = (
+        f"{key} has other content on the machine of process 1 than on that of process 0; give all machines the same "
+        "files"
+    )
+    assert found == [sentence, sentence]
     assert not (tmp_path / "run").exists()
 
 
