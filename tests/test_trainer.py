@@ -355,6 +355,21 @@ def test_without_a_target_the_coefficient_stays(tiny_run: TinyRun) -> None:
     assert [record["kl/coef"] for record in metrics_of(folder)] == [0.3, 0.3]
 
 
+@pytest.mark.parametrize("target", [None, 0.05])
+def test_a_coefficient_changed_before_resuming_is_used(target: float | None, tiny_run: TinyRun) -> None:
+    """As every other number of config.yaml is; one that is adapted to a target goes on from where it had come to."""
+    adaptive = {"ppo.adaptive_kl_target": target, "ppo.adaptive_kl_horizon": 10.0}
+    folder = train(tiny_run(**{"ppo.iterations": 1, "ppo.kl_coef": 0.3, "run.save_every": 1}, **adaptive))
+    file = folder / "config.yaml"
+    edited = changed(yaml.safe_load(file.read_text()), {"ppo.iterations": 2, "ppo.kl_coef": 0.7})
+    file.write_text(yaml.safe_dump(edited))
+    resume(folder)
+    first, second = metrics_of(folder)
+    assert first["kl/coef"] == 0.3
+    error = 0.0 if target is None else min(max(first["kl/reference"] / target - 1.0, -0.2), 0.2)
+    assert second["kl/coef"] == pytest.approx(0.7 if target is None else 0.3 * (1.0 + error * 4 / 10.0))
+
+
 def test_learning_rate_zero(tiny_run: TinyRun, library: Any) -> None:
     folder = train(tiny_run(**{"ppo.iterations": 2, "ppo.learning_rate": 0.0}))
     assert all(abs(record["kl/reference"]) < 1e-5 for record in metrics_of(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
@@ -118,6 +119,8 @@ class Session:
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
             session.state = session._store.load(chosen.name)
+            if config.ppo.adaptive_kl_target is None:  # what nothing has moved is the configuration's, as all else
+                session.state = replace(session.state, kl_coef=config.ppo.kl_coef)
         if session._store.keep_samples(session.state.iteration):
             session._evaluated = session.state.iteration
         return session
