@@ -176,7 +176,7 @@ class PPOConfig(Section):
     adaptive_kl_target: Positive | None = None
     """Target of the mean KL per response in nats; kl_coef is then adapted to it (arXiv 1909.08593)."""
     adaptive_kl_horizon: Positive = 10_000.0
-    """Episodes over which the adaptive controller doubles or halves kl_coef."""
+    """Episodes over which the adaptive controller moves kl_coef by at most about a fifth (times e^0.2 or e^-0.2)."""
     clip: Positive = 0.2
     """The policy's ratio is clipped to [1 - clip, 1 + clip_high]."""
     clip_high: Positive | None = None
@@ -205,6 +205,15 @@ class PPOConfig(Section):
     """A minibatch whose loss or gradient is not finite takes no optimizer step; this many in a row end the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> PPOConfig:
+        if self.adaptive_kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"ppo.adaptive_kl_target={self.adaptive_kl_target} multiplies ppo.kl_coef, which stays 0; start from another "
+                "ppo.kl_coef, or leave the target out"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -269,6 +278,12 @@ class Config(Section):
             raise ValueError(
                 f"rollout.batch_size={self.rollout.batch_size} is not divisible by "
                 f"ppo.minibatches={self.ppo.minibatches}; choose a divisor"
+            )
+        horizon = self.ppo.adaptive_kl_horizon
+        if self.ppo.adaptive_kl_target is not None and horizon < self.rollout.batch_size:
+            raise ValueError(
+                f"ppo.adaptive_kl_horizon={horizon} is less than one iteration, rollout.batch_size={self.rollout.batch_size} "
+                "episodes, and would throw ppo.kl_coef about or below zero; use a horizon of many iterations"
             )
         if self.ppo.missing_eos_penalty and self.rollout.stop is None:
             raise ValueError(
