@@ -219,6 +219,13 @@ def finished(tiny_run: TinyRun) -> Path:
     return train(tiny_run(**{"ppo.iterations": 3, "run.save_every": 2}))
 
 
+@pytest.mark.parametrize("seed", [20260101120000, 2**64 + 1])
+def test_a_seed_may_be_any_number(seed: int, tiny_run: TinyRun) -> None:
+    """A date, for example, as digits."""
+    folder = train(tiny_run(**LORA, **{"run.seed": seed}))
+    assert len(metrics_of(folder)) == 1
+
+
 @pytest.mark.parametrize("name", ["policy.safetensors", "value.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damaged_checkpoint_is_named(name: str, damage: str, finished: Path) -> None:
