@@ -246,7 +246,8 @@ class DistributedConfig(Section):
 
     engine: Literal["auto", "none", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
     """ddp: every process holds all weights. zero2 (DeepSpeed): gradients and optimizer state are cut into shares. zero3
-    (DeepSpeed) and fsdp2 (torch): weights too. auto: none for one process; for several ddp with lora, else fsdp2."""
+    (DeepSpeed) and fsdp2 (torch): weights too. auto: none for one process; for several ddp with lora and with what cannot
+    be cut (quantization, freeze_layers, 8-bit Adam), else fsdp2."""
     gather_for_rollout: Literal["auto"] | bool = "auto"
     """zero3 and fsdp2: hold the whole policy while it generates, or fetch every layer in every step. auto: whole where it
     fits into half of the memory that is free after loading."""
