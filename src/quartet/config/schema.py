@@ -120,7 +120,8 @@ class RewardSourceConfig(Section):
     """A reward beside the reward model's; weighted and summed with it."""
 
     function: str | None = None
-    """`module:name` of a function (prompts, responses) -> one number per episode; both lists of text."""
+    """`module:name` of a function (prompts, responses) -> one number per episode; both lists of text. It is called in every
+    process, with that process's episodes."""
     url: str | None = None
     """HTTP endpoint: receives {"prompts": [...], "responses": [...]} by POST, answers {"rewards": [...]}."""
     weight: Finite = 1.0
