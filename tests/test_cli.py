@@ -99,6 +99,14 @@ def test_a_run_and_its_resumption(tiny_run: TinyRun, tmp_path: Path, capsys: pyt
         ("models.sft=nobody/nothing-at-all", "models.sft='nobody/nothing-at-all' cannot be read"),
         ("models.device=cuda", "models.device=cuda, and torch sees no GPU here"),
         ("data.max_prompt_tokens=0", "data.max_prompt_tokens=0 is not possible"),
+        (
+            "ppo={minibatches: 2, adaptive_kl_target: 6, adaptive_kl_horizon: 3}",
+            "ppo.adaptive_kl_horizon=3.0 is less than one iteration, rollout.batch_size=4 episodes",
+        ),
+        (
+            "ppo={adaptive_kl_target: 6, kl_coef: 0}",
+            "ppo.adaptive_kl_target=6.0 multiplies ppo.kl_coef, which stays 0; start from another ppo.kl_coef",
+        ),
     ],
 )
 def test_mistakes_in_the_configuration(override: str, said: str, refused: Refused) -> None:

@@ -186,6 +186,19 @@ def test_bfloat16_keeps_trained_weights_in_float32(plan: str, tiny_run: TinyRun,
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
 
+def test_what_was_trained_above_frozen_layers_in_bfloat16_loads_unrounded(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """transformers loads every weight in the configuration's dtype."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    trained(tiny_run, tmp_path, "llama", "sft", "reward", **{"models.dtype": "bfloat16", "models.freeze_layers": 1})
+    for role, load in (("policy", AutoModelForCausalLM), ("value", AutoModelForSequenceClassification)):
+        stored = load_file(tmp_path / role / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
+        loaded = load.from_pretrained(tmp_path / role).state_dict()
+        assert all(torch.equal(loaded[name].float(), tensor.float()) for name, tensor in stored.items())
+
+
 def test_exporting_twice_leaves_no_trace_of_the_first(tiny_run: TinyRun, tmp_path: Path) -> None:
     pipeline = trained(tiny_run, tmp_path, "llama", "sft", "reward")
     (tmp_path / "policy" / "stray").write_text("old")

@@ -219,6 +219,13 @@ def finished(tiny_run: TinyRun) -> Path:
     return train(tiny_run(**{"ppo.iterations": 3, "run.save_every": 2}))
 
 
+@pytest.mark.parametrize("seed", [20260101120000, 2**64 + 1])
+def test_a_seed_may_be_any_number(seed: int, tiny_run: TinyRun) -> None:
+    """A date, for example, as digits."""
+    folder = train(tiny_run(**LORA, **{"run.seed": seed}))
+    assert len(metrics_of(folder)) == 1
+
+
 @pytest.mark.parametrize("name", ["policy.safetensors", "value.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damaged_checkpoint_is_named(name: str, damage: str, finished: Path) -> None:
@@ -353,6 +360,21 @@ def test_kl_coefficient_moves_towards_its_target(tiny_run: TinyRun) -> None:
 def test_without_a_target_the_coefficient_stays(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(**{"ppo.iterations": 2, "ppo.kl_coef": 0.3}))
     assert [record["kl/coef"] for record in metrics_of(folder)] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("target", [None, 0.05])
+def test_a_coefficient_changed_before_resuming_is_used(target: float | None, tiny_run: TinyRun) -> None:
+    """As every other number of config.yaml is; one that is adapted to a target goes on from where it had come to."""
+    adaptive = {"ppo.adaptive_kl_target": target, "ppo.adaptive_kl_horizon": 10.0}
+    folder = train(tiny_run(**{"ppo.iterations": 1, "ppo.kl_coef": 0.3, "run.save_every": 1}, **adaptive))
+    file = folder / "config.yaml"
+    edited = changed(yaml.safe_load(file.read_text()), {"ppo.iterations": 2, "ppo.kl_coef": 0.7})
+    file.write_text(yaml.safe_dump(edited))
+    resume(folder)
+    first, second = metrics_of(folder)
+    assert first["kl/coef"] == 0.3
+    error = 0.0 if target is None else min(max(first["kl/reference"] / target - 1.0, -0.2), 0.2)
+    assert second["kl/coef"] == pytest.approx(0.7 if target is None else 0.3 * (1.0 + error * 4 / 10.0))
 
 
 def test_learning_rate_zero(tiny_run: TinyRun, library: Any) -> None:

@@ -34,7 +34,9 @@ def train(config: Config | Mapping[str, Any], *, progress: Progress | None = Non
     """
     checked = config if isinstance(config, Config) else parse_config(config)
     with joined(checked) as engine, progress or display_of(engine) as display:
-        return _run(Session.start(checked, display, engine, force=force))
+        session = Session.start(checked, display, engine, force=force)
+        with session.folder.locked(engine):
+            return _run(session)
 
 
 def resume(run: str | Path, *, start: str | None = None, trust: bool = False, progress: Progress | None = None) -> Path:
@@ -46,13 +48,13 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
             come from somebody else, so this has to be said.
 
     Raises:
-        CheckpointError: no run there, none of its checkpoints is whole, the one to start from is damaged, or the checkpoints
-            or prompts that the run was started with have changed.
+        CheckpointError: no run there, another process still writes it, none of its checkpoints is whole, the one to start from
+            is damaged, or the checkpoints or prompts that the run was started with have changed.
         QuartetError, Interrupted: as `train`.
     """
     folder = RunFolder(run)
     config = folder.read_config()
-    with joined(config) as engine, progress or display_of(engine) as display:
+    with joined(config) as engine, progress or display_of(engine) as display, folder.locked(engine):
         return _run(Session.resume(config, display, folder, engine, start=start, trust=trust))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from quartet.distributed import BackboneWeights, WeightKeeper, stage3
+from quartet.distributed import BackboneWeights, WeightKeeper, choose, stage3
 from quartet.distributed.deepspeed_setup import import_deepspeed
 from quartet.distributed.fsdp2 import FullyShardedDataParallel
 from quartet.distributed.zero3 import Zero3
@@ -61,6 +61,19 @@ def train_with_own(values: dict[str, Any], key: str, own: list[Any]) -> str:
     section, name = key.split(".")
     mine = {**values, section: {**values.get(section, {}), name: own[int(os.environ["RANK"])]}}
     return str(train(mine))
+
+
+def train_without_deepspeed(values: dict[str, Any], lacking: list[int]) -> str:
+    """A run where some processes' machines lack DeepSpeed."""
+    if int(os.environ["RANK"]) in lacking:
+        choose.find_spec = lambda name: None  # type: ignore[assignment, attr-defined]
+    return str(train(values))
+
+
+def train_on_machines(values: dict[str, Any], folders: list[Path]) -> str:
+    """A run whose processes are each the only one of their machine, and work in folders of their own."""
+    os.environ["LOCAL_RANK"] = "0"
+    return train_in_folder(values, folders)
 
 
 def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:

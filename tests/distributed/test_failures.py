@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 
-from distributed.runs import train_in_folder, train_until_killed, train_with_own
+from checkpoints import write_model
+from distributed.runs import (
+    train_in_folder,
+    train_on_machines,
+    train_run,
+    train_until_killed,
+    train_with_own,
+    train_without_deepspeed,
+)
 from processes import free_port, run_processes
 from quartet.cli import main
 from quartet.config import parse_config
@@ -35,14 +44,6 @@ def refusal(values: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As process 0 of 2; nothing is to be reached."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.mark.usefixtures("two")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -56,18 +57,25 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"distributed.engine": "fsdp2", "models.freeze_layers": 1}, "use distributed.engine=ddp or zero2"),
     ],
 )
-def test_refused_before_anything_is_reached(changes: dict[str, Any], words: str, tiny_run: TinyRun) -> None:
-    assert words in refusal(tiny_run(**changes))
+def test_what_cannot_be_had_is_refused_by_all(
+    changes: dict[str, Any], words: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    found = said(run_processes(tmp_path / "results", 2, train_run, tiny_run(**changes)))
+    assert found[0] == found[1]
+    assert words in found[0]
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("two")
-def test_deepspeed_not_installed(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quartet.distributed.choose.find_spec", lambda name: None)
-    message = refusal(tiny_run(**{"distributed.engine": "zero3"}))
-    assert message == (
-        "distributed.engine=zero3 needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or use "
-        "distributed.engine=fsdp2"
+@pytest.mark.parametrize(("lacking", "speaker"), [([0, 1], ""), ([1], "process 1: ")])
+def test_deepspeed_not_installed(lacking: list[int], speaker: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """On all machines, or on one, which is named."""
+    values = tiny_run(**{"distributed.engine": "zero3"})
+    found = said(run_processes(tmp_path / "results", 2, train_without_deepspeed, values, lacking))
+    sentence = (
+        f"{speaker}distributed.engine=zero3 needs DeepSpeed, which is not installed; pip install quartet-rlhf[deepspeed], or "
+        "use distributed.engine=fsdp2"
     )
+    assert found == [sentence, sentence]
 
 
 def test_launcher_variables_are_checked(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +87,17 @@ def test_launcher_variables_are_checked(tiny_run: TinyRun, monkeypatch: pytest.M
     assert "WORLD_SIZE='two' are to be numbers" in refusal(tiny_run())
 
 
-def test_different_configurations(tiny_run: TinyRun, tmp_path: Path) -> None:
-    found = said(run_processes(tmp_path / "results", 2, train_with_own, tiny_run(), "ppo.kl_coef", [0.05, 0.06]))
-    sentence = (
-        "process 1 has ppo.kl_coef=0.06 where process 0 has 0.05; start all processes with the same configuration"
-    )
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("ppo.kl_coef", [0.05, 0.06]),
+        ("ppo.minibatches", [2, 4]),  # which two processes could not have
+        ("distributed.engine", ["ddp", "none"]),
+    ],
+)
+def test_different_configurations(key: str, own: list[Any], tiny_run: TinyRun, tmp_path: Path) -> None:
+    found = said(run_processes(tmp_path / "results", 2, train_with_own, tiny_run(), key, own))
+    sentence = f"process 1 has {key}={own[1]!r} where process 0 has {own[0]!r}; start all processes with the same configuration"
     assert found == [sentence, sentence]
     assert not (tmp_path / "run").exists()
 
@@ -98,6 +112,49 @@ def test_an_error_of_one_process_is_that_of_all(tiny_run: TinyRun, tmp_path: Pat
     assert found[0] == found[1]
     assert "prompts.txt" in found[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["models.reward", "data.prompts", "data.eval_prompts"])
+def test_files_that_differ_between_machines_are_named(
+    key: str, tiny_run: TinyRun, library: Any, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "one machine", tmp_path / "other machine"]
+    rewards = [library.path("llama", "reward")] * 2
+    if key == "models.reward":
+        rewards[1] = write_model(tmp_path / "other reward", "llama", task="classifier", seed=9)
+    for number, (folder, reward) in enumerate(zip(folders, rewards, strict=True)):
+        folder.mkdir()
+        (folder / "reward").symlink_to(reward)
+        for name in ("prompts", "eval_prompts"):
+            last = f"q {number}" if key == f"data.{name}" else "q"
+            (folder / f"{name}.txt").write_text(f"a\nto be\nwhy?\n{last}\n")
+    files = {"models.reward": "reward", "data.prompts": "prompts.txt", "data.eval_prompts": "eval_prompts.txt"}
+    values = changed(tiny_run(**{"distributed.engine": "ddp", "data.eval_count": 4}), files)
+    found = said(run_processes(tmp_path / "results", 2, train_on_machines, values, folders))
+    sentence = (
+        f"{key} has other content on the machine of process 1 than on that of process 0; give all machines the same "
+        "files"
+    )
+    assert found == [sentence, sentence]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("backends", "together"), [("cpu:gloo,cuda:gloo", True), ("cpu:gloo,cuda:nccl", False)])
+def test_after_an_error_nothing_is_left_that_needs_the_others(
+    backends: str, together: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Destroying a group of NCCL waits for all processes."""
+    destroyed, destroy = [], dist.destroy_process_group
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(destroy()))
+    config = parse_config(tiny_run(**{"distributed.engine": "ddp"}))
+    with pytest.raises(TrainingError, match="boom"), joined(config):
+        raise TrainingError("boom")
+    assert bool(destroyed) is together
+    assert not dist.is_initialized()
+    with joined(config):  # another run in this process
+        pass
+    assert destroyed[-1:] == [None]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])

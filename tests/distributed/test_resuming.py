@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from distributed.runs import exported, largest_difference, resume_run, train_run
 from processes import results
+from quartet.errors import CheckpointError, RewardError
+from quartet.run import checkpoint_folder
+from quartet.run.checkpoint_folder import MANIFEST
 from quartet.run.reopen import evaluate, export_checkpoint
 from quartet.run.samples import read_samples
 from quartet.trainer import resume, train
@@ -51,6 +56,40 @@ def test_another_engine_and_number_of_processes(
     assert largest_difference(exported(tmp_path / "whole"), exported(run)) < 1e-5
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("then", ["zero2", "zero3", "fsdp2"])
+def test_a_checkpoint_from_before_the_first_step(
+    then: str, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward source that failed at its first call left one, in which the optimizer has no state."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    values = tiny_run(**{"ppo.iterations": 2, "rollout.batch_size": 8, "ppo.learning_rate": 1e-4})
+    train(changed(values, {"run.dir": str(whole)}))
+
+    def fail(*_: Any) -> None:
+        raise RewardError("the judge is not there yet")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quartet.run.session.score_with", fail)
+        with pytest.raises(RewardError, match="go on from step-000000"):
+            train(values)
+    set_engine(run, then)
+    results(tmp_path / "results", 2, resume_run, str(run))
+    assert largest_difference(exported(whole), exported(run)) < 1e-5
+
+
+@pytest.mark.parametrize("lost", ["0.exp_avg", "0.step"])
+def test_a_checkpoint_that_lacks_a_part_of_a_state_is_refused(lost: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    train(tiny_run(**{"ppo.iterations": 1, "run.save_every": 1}))
+    folder = tmp_path / "run" / "checkpoints" / "step-000001"
+    file = folder / "optimizer.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != lost}, file)
+    (folder / MANIFEST).unlink()
+    checkpoint_folder._write_manifest(folder)
+    set_engine(tmp_path / "run", "fsdp2")
+    with pytest.raises(CheckpointError, match="holds other weights than this run's configuration trains"):
+        resume(tmp_path / "run")
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

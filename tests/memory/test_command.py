@@ -268,7 +268,11 @@ def test_wrong_arguments(tmp_path: Path, hollow: Any, capsys: pytest.CaptureFixt
             ("--processes", "2", "--engine", "fsdp2", "--memory", "1MiB"),
             "models.offload=cpu has nothing to move under the paired plan where weights are cut",
         ),
-        ({"ppo.optimizer": {"name": "adamw8bit"}}, ("--processes", "2"), "distributed.engine=fsdp2 cannot cut"),
+        (
+            {"ppo.optimizer": {"name": "adamw8bit"}},
+            ("--processes", "2", "--engine", "fsdp2"),
+            "distributed.engine=fsdp2 cannot cut",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do(

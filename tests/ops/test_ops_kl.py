@@ -66,3 +66,17 @@ def test_k2_and_k3_are_never_negative_and_agree_near_zero():
 )
 def test_adaptive_coefficient(observed, expected):
     assert adapt_kl_coef(0.1, observed, 6.0, 64, 1000.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("episodes", [1, 10, 250])
+@pytest.mark.parametrize(("observed", "factor"), [(1e6, math.exp(0.2)), (-1e6, math.exp(-0.2))])
+def test_a_horizon_moves_the_coefficient_by_a_fifth_at_most(episodes, observed, factor):
+    coef = 0.1
+    for _ in range(1000 // episodes):
+        coef = adapt_kl_coef(coef, observed, 6.0, episodes, 1000.0)
+    assert coef == pytest.approx(0.1 * factor, rel=0.01)
+
+
+@pytest.mark.parametrize("observed", [1e6, -1e6])
+def test_the_shortest_horizon_keeps_the_coefficient_above_zero(observed):
+    assert 0.08 <= adapt_kl_coef(0.1, observed, 6.0, 64, 64.0) <= 0.12 + 1e-12

@@ -120,7 +120,8 @@ class RewardSourceConfig(Section):
     """A reward beside the reward model's; weighted and summed with it."""
 
     function: str | None = None
-    """`module:name` of a function (prompts, responses) -> one number per episode; both lists of text."""
+    """`module:name` of a function (prompts, responses) -> one number per episode; both lists of text. It is called in every
+    process, with that process's episodes."""
     url: str | None = None
     """HTTP endpoint: receives {"prompts": [...], "responses": [...]} by POST, answers {"rewards": [...]}."""
     weight: Finite = 1.0
@@ -176,7 +177,7 @@ class PPOConfig(Section):
     adaptive_kl_target: Positive | None = None
     """Target of the mean KL per response in nats; kl_coef is then adapted to it (arXiv 1909.08593)."""
     adaptive_kl_horizon: Positive = 10_000.0
-    """Episodes over which the adaptive controller doubles or halves kl_coef."""
+    """Episodes over which the adaptive controller moves kl_coef by at most about a fifth (times e^0.2 or e^-0.2)."""
     clip: Positive = 0.2
     """The policy's ratio is clipped to [1 - clip, 1 + clip_high]."""
     clip_high: Positive | None = None
@@ -205,6 +206,15 @@ class PPOConfig(Section):
     """A minibatch whose loss or gradient is not finite takes no optimizer step; this many in a row end the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> PPOConfig:
+        if self.adaptive_kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"ppo.adaptive_kl_target={self.adaptive_kl_target} multiplies ppo.kl_coef, which stays 0; start from another "
+                "ppo.kl_coef, or leave the target out"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -237,7 +247,8 @@ class DistributedConfig(Section):
 
     engine: Literal["auto", "none", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
     """ddp: every process holds all weights. zero2 (DeepSpeed): gradients and optimizer state are cut into shares. zero3
-    (DeepSpeed) and fsdp2 (torch): weights too. auto: none for one process; for several ddp with lora, else fsdp2."""
+    (DeepSpeed) and fsdp2 (torch): weights too. auto: none for one process; for several ddp with lora and with what cannot
+    be cut (quantization, freeze_layers, 8-bit Adam), else fsdp2."""
     gather_for_rollout: Literal["auto"] | bool = "auto"
     """zero3 and fsdp2: hold the whole policy while it generates, or fetch every layer in every step. auto: whole where it
     fits into half of the memory that is free after loading."""
@@ -269,6 +280,12 @@ class Config(Section):
             raise ValueError(
                 f"rollout.batch_size={self.rollout.batch_size} is not divisible by "
                 f"ppo.minibatches={self.ppo.minibatches}; choose a divisor"
+            )
+        horizon = self.ppo.adaptive_kl_horizon
+        if self.ppo.adaptive_kl_target is not None and horizon < self.rollout.batch_size:
+            raise ValueError(
+                f"ppo.adaptive_kl_horizon={horizon} is less than one iteration, rollout.batch_size={self.rollout.batch_size} "
+                "episodes, and would throw ppo.kl_coef about or below zero; use a horizon of many iterations"
             )
         if self.ppo.missing_eos_penalty and self.rollout.stop is None:
             raise ValueError(

@@ -35,13 +35,16 @@ class Travel:
 
 def engine_name(config: Config, world_size: int) -> str:
     """The engine of `distributed.engine`. `auto` is none for one process, ddp for LoRA (the gradients are small and the
-    frozen weights need not travel), fsdp2 for full fine-tuning (gradients and optimizer state are what fills memory)."""
+    frozen weights need not travel) and for what cannot be cut into shares, fsdp2 for other full fine-tuning (gradients and
+    optimizer state are what fills memory)."""
     wanted = config.distributed.engine
     if wanted != "auto":
         return wanted
     if world_size == 1:
         return "none"
-    return "ddp" if config.models.lora is not None else "fsdp2"
+    models = config.models
+    whole = models.quantization is not None or models.freeze_layers or config.ppo.optimizer.name != "adamw"
+    return "ddp" if models.lora is not None or whole else "fsdp2"
 
 
 def gathers_for_rollout(wanted: str | bool, whole_bytes: float, free: float | None) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from quartet.config import Config
+from quartet.distributed.agreement import agree_to_start
 from quartet.distributed.choose import engine_name, refuse_impossible, refuse_not_installed
 from quartet.distributed.engine import ProcessEngine, SingleProcess
 from quartet.errors import ConfigError, QuartetError, TrainingError, brief
@@ -34,8 +36,6 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    launched: bool
-    """Whether a launcher set the variables."""
 
 
 def place() -> Place:
@@ -45,7 +45,7 @@ def place() -> Place:
         ConfigError: some of them are missing or no numbers.
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        return Place(0, 1, 0, False)
+        return Place(0, 1, 0)
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -58,7 +58,7 @@ def place() -> Place:
         raise ConfigError(
             f"WORLD_SIZE={world_size} is set and {missing[0]} is not; start with torchrun, which sets both"
         )
-    return Place(rank, world_size, local_rank, not missing)
+    return Place(rank, world_size, local_rank)
 
 
 @contextmanager
@@ -72,26 +72,36 @@ def joined(config: Config) -> Iterator[ProcessEngine]:
         TrainingError: another process failed.
     """
     here = place()
-    name = engine_name(config, here.world_size)
-    refuse_impossible(config, name, here.world_size)
-    refuse_not_installed(name)
-    if name == "none":
+    if here.world_size == 1 and engine_name(config, 1) == "none":
+        refuse_impossible(config, "none", 1)
         yield SingleProcess()
         return
-    device = _device(config, here)
-    store = _join(config, here, device)
+    store = _store(here)
     try:
-        engine = _engine(name, device)
-        _refuse_different(config, engine)
-        yield engine
+        name, device = agree_to_start(store, here.rank, here.world_size, config, partial(_chosen, config, here))
+        _join(config, here, device, store)
+        yield _engine(name, device)
         dist.barrier()
-    except Exception as error:
-        told = _last_words(store, here.rank, error)
+    except BaseException as error:
+        told = _last_words(store, here.rank, error) if isinstance(error, Exception) else None
+        _leave_alone()
         if told is not None:
             raise told from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _chosen(config: Config, here: Place) -> tuple[str, torch.device]:
+    """This process's engine and device; refuses what cannot be had here."""
+    name = engine_name(config, here.world_size)
+    refuse_impossible(config, name, here.world_size)
+    refuse_not_installed(name)
+    device = _device(config, here)
+    if config.distributed.backend == "nccl" and device.type != "cuda":
+        raise ConfigError(
+            "distributed.backend=nccl needs GPUs, and the models are on the CPU here; use distributed.backend=auto or gloo"
+        )
+    return name, device
 
 
 def _device(config: Config, here: Place) -> torch.device:
@@ -108,17 +118,19 @@ def _device(config: Config, here: Place) -> torch.device:
     return torch.device("cuda", here.local_rank)
 
 
-def _join(config: Config, here: Place, device: torch.device) -> Store:
+def _store(here: Place) -> Store:
+    """Where processes leave word for each other; gives it when all have come."""
+    if here.world_size == 1:
+        return HashStore()
+    store: Store
+    store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=TIMEOUT)))
+    return store
+
+
+def _join(config: Config, here: Place, device: torch.device, store: Store) -> None:
     backend: str = config.distributed.backend
-    if backend == "nccl" and device.type != "cuda":
-        raise ConfigError(
-            "distributed.backend=nccl needs GPUs, and the models are on the CPU here; use distributed.backend=auto or gloo"
-        )
     if device.type == "cuda":
         backend = "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl"
-    store: Store = HashStore()
-    if here.launched:
-        store, _, _ = next(iter(rendezvous("env://", here.rank, here.world_size, timeout=TIMEOUT)))
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else backend,
         store=PrefixStore("quartet", store),
@@ -128,7 +140,20 @@ def _join(config: Config, here: Place, device: torch.device) -> Store:
     )
     # accelerate and DeepSpeed have been seen to leave every process as number 0 of 1.
     assert (dist.get_rank(), dist.get_world_size()) == (here.rank, here.world_size)
-    return store
+
+
+def _leave_alone() -> None:
+    """Leave the group after an error. gloo closes its connections, which the others notice; NCCL's way out is one that all
+    processes take together, and they may be waiting in another operation: there the launcher ends them."""
+    if not dist.is_initialized():
+        return
+    if "nccl" not in dist.get_backend_config():
+        dist.destroy_process_group()
+        return
+    abort = getattr(distributed_c10d, "_abort_process_group", None)
+    if abort is not None:
+        with suppress(RuntimeError):  # not to stand in the way of the error that is under way
+            abort()
 
 
 def _engine(name: str, device: torch.device) -> ProcessEngine:
@@ -147,27 +172,6 @@ def _engine(name: str, device: torch.device) -> ProcessEngine:
     from quartet.distributed.ddp import DataParallel
 
     return DataParallel(device)
-
-
-def _refuse_different(config: Config, engine: ProcessEngine) -> None:
-    """All processes must have the same configuration."""
-    own = dict(_flat(config.model_dump(mode="json")))
-    everyone = engine.gather(own)
-    for rank, other in enumerate(everyone):
-        for key in [*everyone[0], *other]:
-            if other.get(key) != everyone[0].get(key):
-                raise ConfigError(
-                    f"process {rank} has {key}={other.get(key)!r} where process 0 has {everyone[0].get(key)!r}; start all "
-                    "processes with the same configuration"
-                )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _last_words(store: Store, rank: int, error: Exception) -> QuartetError | None:

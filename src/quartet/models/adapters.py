@@ -238,7 +238,7 @@ def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parame
 
 def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)  # torch takes no larger ones
         # GPT-2's Conv1D makes PEFT correct fan_in_fan_out by itself and warn about it.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         # Several adapters on one backbone are what the sharing plans are about.

@@ -51,7 +51,8 @@ def adapt_kl_coef(coef: float, observed_kl: float, target: float, episodes: int,
         observed_kl: mean KL per response of the last iteration, nats.
         target: wanted mean KL per response, nats, above 0.
         episodes: episodes of the last iteration.
-        horizon: episodes over which a steady error of 1 would double the weight.
+        horizon: episodes over which the largest error, 0.2, moves the weight by about a fifth; at least `episodes`, so that
+            the weight stays above 0.
 
     Returns:
         The weight of the next iteration.

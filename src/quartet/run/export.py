@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,16 @@ def _write(
         heads = [roles.value.head.name] if role == "value" else []
         save_adapter(model, view.adapter, temporary, state, base=base, task=task, heads=heads)
     else:
-        dtype = model.dtype
+        # The widest: what was trained above frozen layers in bfloat16 is float32.
+        dtype = reduce(torch.promote_types, (t.dtype for t in state.values() if t.is_floating_point()))
         if role == "value":
             model = _classifier(info)  # no weights of its own: it names the class and its tensors
         before = model.config
         model.config = _saved_config(role, info, model, dtype, tokenizer.pad_token_id)
         try:
             model.save_pretrained(temporary, state_dict=state)
+            model.config.dtype = dtype  # where transformers has put that of the model's first weight
+            model.config.save_pretrained(temporary)
         finally:
             model.config = before
     tokenizer.save_pretrained(temporary)

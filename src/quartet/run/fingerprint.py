@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, ConfigError
 from quartet.models.base_comparison import digest_of
 from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
 from quartet.records import Prompts
@@ -54,6 +54,24 @@ def refuse_changed(file: Path, now: Mapping[str, str], *, whole: bool = True) ->
             raise CheckpointError(
                 f"{key} is not what this run was started with (its content differs from {file}); restore it, or start a new run"
             )
+
+
+def refuse_different(everyone: Sequence[Mapping[str, str]]) -> None:
+    """Compare what processes of several machines read.
+
+    Args:
+        everyone: the fingerprints that each process took, by rank, or nothing; those of process 0 are among them.
+
+    Raises:
+        ConfigError: names the first input that differs.
+    """
+    for rank, own in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | own.keys()) if own else ():
+            if own.get(key) != everyone[0].get(key):
+                raise ConfigError(
+                    f"{key} has other content on the machine of process {rank} than on that of process 0; give all machines "
+                    "the same files"
+                )
 
 
 def _checkpoint(info: CheckpointInfo) -> str:

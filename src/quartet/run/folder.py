@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ import yaml
 
 from quartet import __version__
 from quartet.config import Config, parse_config, read_plain
+from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
@@ -66,6 +68,37 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"
             ) from error
+
+    @contextmanager
+    def locked(self, engine: ProcessEngine) -> Iterator[None]:
+        """Keep others from writing this run while open; the system takes the lock from a process that ends in any way.
+
+        Raises:
+            CheckpointError: another process writes it.
+        """
+        held = engine.agree(lambda: None if engine.rank else self._lock())
+        try:
+            yield
+        finally:
+            if held is not None:
+                held.close()
+
+    def _lock(self) -> IO[bytes] | None:
+        try:
+            stream = self.inputs.open("r+b")  # it stays the same file for the run's whole life
+        except OSError:
+            return None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise CheckpointError(
+                f"{self.path} is being written by another process, which trains there; wait until it has ended, or stop it "
+                "first"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return stream
 
     def stopped_early(self, config: Config) -> bool:
         """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
@@ -15,7 +16,7 @@ from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint
-from quartet.run.fingerprint import fingerprints, refuse_changed
+from quartet.run.fingerprint import fingerprints, refuse_changed, refuse_different
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
@@ -69,12 +70,15 @@ class Session:
         folder = RunFolder(config.run.dir)
         engine.agree(folder.refuse_used)
         inputs = engine.agree(lambda: read_inputs(config, progress.say, cut=engine.cuts_weights))
+        # One process of each machine looks at what that machine has.
+        own = engine.agree(lambda: fingerprints(inputs) if engine.first_here or engine.rank == 0 else {})
+        refuse_different(engine.gather(own))
         memory = account_for(config)
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
         return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
-        engine.agree(lambda: None if engine.rank else folder.create(config, memories, fingerprints(inputs)))
+        engine.agree(lambda: None if engine.rank else folder.create(config, memories, own))
         return Session(config, progress, folder, inputs, loaded, memory)
 
     @staticmethod
@@ -115,6 +119,8 @@ class Session:
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
             session.state = session._store.load(chosen.name)
+            if config.ppo.adaptive_kl_target is None:  # what nothing has moved is the configuration's, as all else
+                session.state = replace(session.state, kl_coef=config.ppo.kl_coef)
         if session._store.keep_samples(session.state.iteration):
             session._evaluated = session.state.iteration
         return session

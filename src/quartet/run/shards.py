@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -175,15 +175,28 @@ class _Shards(_Stored):
 class _Whole(_Stored):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._optimizer = folder / "optimizer.safetensors"
+
+    @cached_property
+    def _stepped(self) -> set[str]:
+        """Numbers of the weights that the optimizer has a state for."""
+        with safe_open(self._optimizer, framework="pt") as opened:
+            return {key.partition(".")[0] for key in opened.keys()}  # noqa: SIM118, no mapping
 
     def fill(self, piece: Piece, role: str, name: str, number: int) -> None:
-        optimizer = "optimizer.safetensors"
+        stepped = str(number) in self._stepped  # else the state stays as it was made: zero
         for key, tensor in piece.tensors.items():
-            file, stored = (f"{role}.safetensors", name) if key == "weight" else (optimizer, f"{number}.{key}")
-            with safe_open(self._folder / file, framework="pt") as opened:
+            if key == "weight":
+                file, stored = self._folder / f"{role}.safetensors", name
+            elif stepped:
+                file, stored = self._optimizer, f"{number}.{key}"
+            else:
+                continue
+            with safe_open(file, framework="pt") as opened:
                 whole = opened.get_tensor(stored).flatten()  # mapped: only what is copied is read
             if piece.stop > len(whole):
                 raise KeyError(f"{len(whole)} numbers")
             tensor.copy_(whole[piece.start : piece.stop])
-        with safe_open(self._folder / optimizer, framework="pt") as opened:
-            piece.step.copy_(opened.get_tensor(f"{number}.step"))
+        if stepped:
+            with safe_open(self._optimizer, framework="pt") as opened:
+                piece.step.copy_(opened.get_tensor(f"{number}.step"))

@@ -8,11 +8,14 @@ from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 
+_TEXTS = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
+"""Of torch's CPU allocator, of CUDA itself, and of its libraries (CUBLAS_STATUS_ALLOC_FAILED)."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: CUDA has an error class for it, torch's CPU allocator only a text."""
+    """Whether an allocation failed: torch's CUDA allocator has an error class for it, others only a text."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _TEXTS)
     )
 
 

@@ -102,7 +102,8 @@ class Updater:
         return update_stats(self._engine, sums, ppo.epochs * ppo.minibatches, skipped, in_a_row)
 
     def _permutation(self, count: int, iteration: int, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + iteration) * 1_009 + epoch)
+        seed = ((self._seed * 1_000_003 + iteration) * 1_009 + epoch) % 2**64  # torch takes no larger ones
+        generator = torch.Generator().manual_seed(seed)
         order: list[int] = torch.randperm(count, generator=generator).tolist()
         return order
 
