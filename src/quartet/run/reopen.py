@@ -110,7 +110,7 @@ def export_checkpoint(
         start, trust: as `evaluate`; reward sources are not used.
 
     Raises:
-        QuartetError: as `evaluate`, or `out` is a file or holds something.
+        QuartetError: as `evaluate`, `out` is a file or holds something, or its disk is full.
     """
     folder, target = RunFolder(run), Path(out)
     config = _alone(folder.read_config()).model_copy(update={"rewards": ()})
@@ -121,7 +121,8 @@ def export_checkpoint(
         refuse_untrusted(config, folder.path)
     inputs = _without_prompts(config, say)
     loaded, _, name = _open(folder, config, inputs, say, start)
-    export(loaded.roles, target, sft=inputs.sft, reward=inputs.reward, tokenizer=inputs.tokenizer)
+    remedy = "free some space, or name a folder on another disk with --out"
+    export(loaded.roles, target, sft=inputs.sft, reward=inputs.reward, tokenizer=inputs.tokenizer, remedy=remedy)
     return name
 
 
