@@ -73,6 +73,18 @@ def test_a_run_and_its_resumption(tiny_run: TinyRun, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_run()))
+    assert main(["train", str(config), "run.dir=~/runs/first"]) == 0
+    assert main(["export", "~/runs/first", "--out=~/result"]) == 0
+    assert (tmp_path / "home/runs/first/policy").is_dir()
+    assert (tmp_path / "home/result/policy").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -88,6 +88,14 @@ def test_the_handover_leaves_nothing_behind(tiny_run: TinyRun, tmp_path: Path) -
     assert list(folder.iterdir()) == []
 
 
+def test_a_handover_folder_in_the_home_folder(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "handover").mkdir()
+    train(tiny_run(**{"rollout.engine": "vllm", "rollout.vllm": {"folder": "~/handover"}}))
+
+
 @pytest.mark.parametrize(
     ("plan", "calls"),
     [

@@ -25,7 +25,7 @@ class RunFolder:
     """Paths of one run and the small files in it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.jsonl"
         self.inputs = self.path / "inputs.json"

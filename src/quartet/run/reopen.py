@@ -5,6 +5,7 @@ Both work while the run goes on. Nothing in the run folder is written or removed
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def export_checkpoint(
     Raises:
         QuartetError: as `evaluate`, `out` is a file or holds something, or its disk is full.
     """
-    folder, target = RunFolder(run), Path(out)
+    folder, target = RunFolder(run), Path(os.path.expanduser(out))
     config = _alone(folder.read_config()).model_copy(update={"rewards": ()})
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {str(target)!r} is a file or not empty; name a new or empty folder")
