@@ -30,7 +30,7 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
     """Always 0: dropout would make the log-probabilities of the update differ from those of the rollout."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Module names to adapt, or `all-linear` for every linear layer except the heads."""
+    """Module names to adapt, or `all-linear` for every linear layer except the heads. A name that no layer has is refused."""
 
 
 class ModelsConfig(Section):
