@@ -192,6 +192,13 @@ class TestMistakes:
         assert "rollout.vllm.mode=server needs rollout.vllm.url" in said(**{"rollout.vllm": {"mode": "server"}})
         assert "is for rollout.vllm.mode=server" in said(**{"rollout.vllm": {"url": "http://localhost:1"}})
 
+    def test_settings_that_no_engine_uses(self, said: Any) -> None:
+        for engine in ("auto", "static"):
+            text = said(**{"rollout.engine": engine, "rollout.vllm": {"gpu_memory_utilization": 0.5}})
+            assert (
+                f"rollout.vllm is given, and rollout.engine={engine} does not use it; set rollout.engine=vllm" in text
+            )
+
     def test_temperature_and_top_p(self, said: Any) -> None:
         assert "set one of the two to 1.0" in said(**{"rollout.temperature": 0.5, "rollout.top_p": 0.5})
 
