@@ -97,6 +97,10 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
         ("models.dtype=float16", "models.dtype='float16' is not possible: input should be"),
         ("ppo.minibatches=3", "rollout.batch_size=4 is not divisible by ppo.minibatches=3; choose a divisor"),
         ("models.sharing=paired", "models.sharing=paired shares frozen weights between roles and needs models.lora"),
+        (
+            "ppo.optimizer.warmup_iterations=1",
+            "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
+        ),
         ("models.lora.dropout=0.1", "models.lora.dropout=0.1 is not possible"),
         ("ppo.iterations", "the override 'ppo.iterations' has no value; write it as dotted.key=value"),
         ("=3", "the override '=3' has no value"),

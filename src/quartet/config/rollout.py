@@ -56,8 +56,8 @@ class RolloutConfig(Section):
         if self.engine != "vllm":
             if self.vllm != VllmConfig():
                 raise ValueError(
-                    f"rollout.vllm is given, and rollout.engine={self.engine} does not use it; set rollout.engine=vllm or leave "
-                    "rollout.vllm out"
+                    f"rollout.vllm is given, and rollout.engine={self.engine} does not use it; set rollout.engine=vllm or "
+                    "leave rollout.vllm out"
                 )
             return self
         if (self.vllm.mode == "server") != (self.vllm.url is not None):

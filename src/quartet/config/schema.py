@@ -150,7 +150,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning-rate schedule over the iterations, after the warm-up; linear and cosine end at zero."""
     warmup_iterations: NonNegativeInt = 0
-    """Iterations over which the learning rate rises linearly from zero."""
+    """Iterations over which the learning rate rises linearly from zero; fewer than ppo.iterations."""
 
 
 class PPOConfig(Section):
@@ -205,6 +205,16 @@ class PPOConfig(Section):
     """A minibatch whose loss or gradient is not finite takes no optimizer step; this many in a row end the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> PPOConfig:
+        warmup = self.optimizer.warmup_iterations
+        if warmup >= self.iterations:
+            raise ValueError(
+                f"ppo.optimizer.warmup_iterations={warmup} leaves none of ppo.iterations={self.iterations} at the full "
+                "learning rate; lower it"
+            )
+        return self
 
 
 class RunConfig(Section):
