@@ -73,6 +73,18 @@ def test_a_run_and_its_resumption(tiny_run: TinyRun, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_run()))
+    assert main(["train", str(config), "run.dir=~/runs/first"]) == 0
+    assert main(["export", "~/runs/first", "--out=~/result"]) == 0
+    assert (tmp_path / "home/runs/first/policy").is_dir()
+    assert (tmp_path / "home/result/policy").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -85,6 +97,10 @@ def test_a_run_and_its_resumption(tiny_run: TinyRun, tmp_path: Path, capsys: pyt
         ("models.dtype=float16", "models.dtype='float16' is not possible: input should be"),
         ("ppo.minibatches=3", "rollout.batch_size=4 is not divisible by ppo.minibatches=3; choose a divisor"),
         ("models.sharing=paired", "models.sharing=paired shares frozen weights between roles and needs models.lora"),
+        (
+            "ppo.optimizer.warmup_iterations=1",
+            "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
+        ),
         ("models.lora.dropout=0.1", "models.lora.dropout=0.1 is not possible"),
         ("ppo.iterations", "the override 'ppo.iterations' has no value; write it as dotted.key=value"),
         ("=3", "the override '=3' has no value"),

@@ -268,6 +268,23 @@ def test_a_full_disk_in_between_is_said(
         assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl", "plan.json"])
+def test_a_disk_that_is_full_when_a_run_is_resumed(
+    file: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(changed(values, {"data.eval_count": 1}))
+
+    def full(stream: Any) -> None:
+        if file.partition(".")[0] in stream.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module in ("metrics", "samples", "folder"):
+        monkeypatch.setattr(f"quartet.run.{module}.put_on_disk", full)
+    monkeypatch.setattr("quartet.run.session.MemoryAccount.grown", lambda _: True)  # then plan.json is written
+    with pytest.raises(CheckpointError, match=rf"{file} could not be written \(No space left on device\)"):
+        resume(run, start="step-000002")
+
+
 @pytest.mark.parametrize("stage", ["rollout", "update"])
 def test_memory_that_runs_out(stage: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     plan.set_defaults(command=_plan)
     resume = commands.add_parser("resume", help="continue a run from its newest checkpoint")
-    resume.add_argument("run", type=Path, help="the run folder")
+    resume.add_argument("run", type=_path, help="the run folder")
     resume.add_argument("--from", dest="start", metavar="CHECKPOINT", help="go back to this one, such as step-000020")
     resume.add_argument(
         "--trust", action="store_true", help="use the reward sources and remote code that the run's config.yaml names"
@@ -81,23 +81,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     evaluation.set_defaults(command=_eval)
     export = commands.add_parser("export", help="write policy/ and value/ of a run's checkpoint to another folder")
-    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    export.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="a new or empty folder")
     export.set_defaults(command=_export)
     for command in (evaluation, export):
-        command.add_argument("run", type=Path, help="the run folder")
+        command.add_argument("run", type=_path, help="the run folder")
         command.add_argument(
             "--from", dest="start", metavar="CHECKPOINT", help="not the newest, but for example step-000020"
         )
         command.add_argument("--trust", action="store_true", help="use what the run's config.yaml names, as for resume")
     report = commands.add_parser("report", help="write report.html of a run: charts, and samples side by side")
-    report.add_argument("run", type=Path, help="the run folder")
+    report.add_argument("run", type=_path, help="the run folder")
     report.set_defaults(command=_report)
     demo = commands.add_parser("demo", help="fetch a small model and human ratings, and watch PPO learn from them")
     demo.add_argument("--iterations", type=_positive, help="iterations of PPO")
     demo.add_argument("--seed", type=int, default=0, help="seed of reward model and PPO")
-    demo.add_argument("--out", type=Path, help="run folder (default: the first free runs/demo, runs/demo-2, ...)")
+    demo.add_argument("--out", type=_path, help="run folder (default: the first free runs/demo, runs/demo-2, ...)")
     demo.set_defaults(command=_demo)
     return parser
+
+
+def _path(text: str) -> Path:
+    """A shell leaves `~` alone behind a `=`."""
+    return Path(os.path.expanduser(text))
 
 
 def _positive(text: str) -> int:

@@ -165,3 +165,36 @@ def test_what_needs_least_is_found_among_all(hollow: Any) -> None:
     assert len(peaks) > 4
     assert str(found.smallest_change) == min(peaks, key=lambda change: peaks[change])
     assert found.smallest.peak == min(peaks.values())
+
+
+def test_what_fits_as_given_is_found_where_fewer_rows_leave_more_kernels(hollow: Any) -> None:
+    """On a CPU in bfloat16 each batch has kernels of its own: one row at once needs more than the given eight."""
+    values = hollow(SIZES, **{"models.dtype": "bfloat16", "models.lora": {"r": 4}})
+    values["rollout"] = {"batch_size": 64, "response_length": 16}
+    values["data"]["max_prompt_tokens"] = 16
+    config = parse_config(values)
+    estimator = estimator_for(config)
+    given = peak(values, {})
+    assert given < peak(values, {"ppo.microbatch_rows": 1, "rollout.batch_rows": 1})
+    found = search(config, estimator, int(given) + 1)
+    assert found.chosen is not None
+    assert found.chosen.change == {}
+
+
+def test_what_needs_least_may_have_many_rows(hollow: Any) -> None:
+    values = hollow(SIZES, **{"models.dtype": "bfloat16", "models.gradient_checkpointing": True})
+    values["models"]["freeze_layers"] = 1
+    values["ppo"] = {"microbatch_rows": 4, "optimizer": {"name": "adamw8bit"}}
+    values["rollout"] = {"batch_size": 64, "response_length": 16, "batch_rows": 4}
+    values["data"]["max_prompt_tokens"] = 16
+    config = parse_config(values)
+    estimator = estimator_for(config)
+    found = search(config, estimator, 2**16)
+    assert found.chosen is None
+    plan = plan_for(config.models, estimator.sft, estimator.reward)
+    peaks = {}
+    for candidate in found.nearer:
+        choices = choices_of(candidate.config, estimator.device)
+        peaks[str(candidate.change)] = estimator.estimate(plan, choices).peak.peak
+    assert len(peaks) == 9
+    assert found.smallest.peak == min(peaks.values()) == peaks[str(found.smallest_change)]

@@ -65,6 +65,26 @@ def test_targets_that_are_no_expression_are_refused(tiny_run: Any) -> None:
         Pipeline(tiny_run("llama", **{"models.lora": {"r": 4, "target_modules": "q_proj("}}))
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj", "v_prj"], r"target_modules has 'v_prj', and no layer has that name; did you mean v_proj\?"),
+        (["q_proj", "wte"], r"target_modules has 'wte', .*; correct it or leave it out"),
+        (["q_proj", "_proj"], r"target_modules has '_proj', "),
+    ],
+)
+def test_a_target_that_names_nothing_is_refused(targets: list[str], said: str, tiny_run: Any) -> None:
+    """PEFT trains the others and says nothing."""
+    with pytest.raises(ConfigError, match=said):
+        Pipeline(tiny_run("llama", **{"models.lora": {"r": 4, "target_modules": targets}}))
+
+
+def test_a_target_may_be_a_layer_of_one_of_two_families(library: Any, tiny_run: Any) -> None:
+    """c_attn is GPT-2's, which has no q_proj."""
+    lora = {"r": 4, "target_modules": ["q_proj", "layers.1.self_attn.v_proj", "c_attn", "attn.c_proj"]}
+    Pipeline(tiny_run("llama", **{"models.reward": str(library.path("gpt2", "reward")), "models.lora": lora}))
+
+
 @pytest.mark.parametrize("changes", [{"target_modules": "q_proj("}, {"r": "x"}, {"target_modules": 5}])
 def test_a_damaged_adapter_configuration_is_refused(
     changes: dict[str, Any], library: Any, tiny_run: Any, tmp_path: Path

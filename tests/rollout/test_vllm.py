@@ -88,6 +88,14 @@ def test_the_handover_leaves_nothing_behind(tiny_run: TinyRun, tmp_path: Path) -
     assert list(folder.iterdir()) == []
 
 
+def test_a_handover_folder_in_the_home_folder(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "handover").mkdir()
+    train(tiny_run(**{"rollout.engine": "vllm", "rollout.vllm": {"folder": "~/handover"}}))
+
+
 @pytest.mark.parametrize(
     ("plan", "calls"),
     [
@@ -183,6 +191,13 @@ class TestMistakes:
     def test_url(self, said: Any) -> None:
         assert "rollout.vllm.mode=server needs rollout.vllm.url" in said(**{"rollout.vllm": {"mode": "server"}})
         assert "is for rollout.vllm.mode=server" in said(**{"rollout.vllm": {"url": "http://localhost:1"}})
+
+    def test_settings_that_no_engine_uses(self, said: Any) -> None:
+        for engine in ("auto", "static"):
+            text = said(**{"rollout.engine": engine, "rollout.vllm": {"gpu_memory_utilization": 0.5}})
+            assert (
+                f"rollout.vllm is given, and rollout.engine={engine} does not use it; set rollout.engine=vllm" in text
+            )
 
     def test_temperature_and_top_p(self, said: Any) -> None:
         assert "set one of the two to 1.0" in said(**{"rollout.temperature": 0.5, "rollout.top_p": 0.5})

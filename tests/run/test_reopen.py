@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,40 @@ def test_mistakes(run: Path, tmp_path: Path, library: Any, capsys: pytest.Captur
         shutil.rmtree(copy / "checkpoints")
         assert "has no checkpoint yet" in refused(capsys, *command, str(copy), *more)
         assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within it the system lets no file grow beyond `size` bytes: libraries meet what they meet on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5000])
+def test_a_full_disk_leaves_a_folder_to_export_into_again(
+    size: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with largest_file(size):
+        said = refused(capsys, "export", str(run), "--out", str(out))
+    assert "File too large" in said
+    assert said.endswith("; free some space, or name a folder on another disk with --out\n")
+    assert list(out.iterdir()) == []
+    assert main(["export", str(run), "--out", str(out)]) == 0
+
+
+def test_a_disk_that_is_full_at_the_tokenizer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizers raises Exception itself."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    assert "(No space left on device" in refused(capsys, "export", str(run), "--out", str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []

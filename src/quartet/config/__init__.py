@@ -1,6 +1,7 @@
 """The configuration: one YAML file, validated once, frozen afterwards."""
 
 from quartet.config.load import load_config, parse_config, read_plain
+from quartet.config.ppo import OptimizerConfig, PPOConfig
 from quartet.config.rollout import RolloutConfig, VllmConfig
 from quartet.config.schema import (
     Config,
@@ -8,8 +9,6 @@ from quartet.config.schema import (
     DistributedConfig,
     LoraConfig,
     ModelsConfig,
-    OptimizerConfig,
-    PPOConfig,
     RewardSourceConfig,
     RunConfig,
 )

@@ -54,6 +54,11 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _vllm_fits(self) -> RolloutConfig:
         if self.engine != "vllm":
+            if self.vllm != VllmConfig():
+                raise ValueError(
+                    f"rollout.vllm is given, and rollout.engine={self.engine} does not use it; set rollout.engine=vllm or "
+                    "leave rollout.vllm out"
+                )
             return self
         if (self.vllm.mode == "server") != (self.vllm.url is not None):
             raise ValueError(

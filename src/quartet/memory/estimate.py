@@ -74,8 +74,14 @@ class Estimator:
         both = partial(self.phase, "update", plan, replace(choices, parallel_passes=True), ledger)
         return replace(choices, parallel_passes=passes_in_parallel(plan, choices, free, both))
 
-    def phase(self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger) -> PhaseBytes:
-        """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed."""
+    def phase(
+        self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger, *, kernels: bool = True
+    ) -> PhaseBytes:
+        """One phase, from the second iteration on: weights written, optimizer state there, last gradients not freed.
+
+        Args:
+            kernels: count what the phases leave compiled.
+        """
         work = self._simulator.working(name, plan, choices, self.holdings.shapes(plan))
         fixed, cuda = ledger.fixed(name), self.device.type == "cuda"
         extra = partial(extra_bytes, name, choices, self.holdings.pieces(plan, choices), cuda=cuda)
@@ -92,16 +98,24 @@ class Estimator:
             logits=held[LOGITS],
             trunk_states=0 if name == "rollout" else self._trunk_states(plan, choices),
             gathered=extra(at=at),
-            libraries=fixed.libraries + self._kernels(plan, choices),
+            libraries=fixed.libraries + (self.kernels(plan, choices) if kernels else 0),
             at=at,
         )
 
-    def _kernels(self, plan: SharingPlan, choices: Choices) -> float:
-        """What the phases leave compiled."""
-        if self.device.type != "cpu":
+    def counts_kernels(self, choices: Choices) -> bool:
+        """Whether the phases leave kernels compiled: more of them the more batches there are."""
+        return self.device.type == "cpu" and choices.dtype == "bfloat16"
+
+    def kernels(self, plan: SharingPlan, choices: Choices, like: Choices | None = None) -> float:
+        """What the phases leave compiled.
+
+        Args:
+            like: choices whose matrix products are counted in place of these choices' own, which would have to be traced.
+        """
+        if not self.counts_kernels(choices):
             return 0
         shapes = self.holdings.shapes(plan)
-        products = {name: len(self._simulator.working(name, plan, choices, shapes).products) for name in PHASES}
+        products = {name: len(self._simulator.working(name, plan, like or choices, shapes).products) for name in PHASES}
         return kernels(products, choices, self.workload)
 
     def _trunk_states(self, plan: SharingPlan, choices: Choices) -> float:

@@ -189,19 +189,18 @@ class _Trial:
         return Candidate(change, cost, config, exceeded, estimate)
 
     def least(self, candidates: list[Candidate]) -> tuple[PhaseBytes, Change]:
-        """The peak of the candidate that needs least, and its change: one of those with the fewest rows."""
+        """The peak of the candidate that needs least, and its change: one of those with the fewest rows, or where more rows
+        leave fewer kernels, one of all."""
         open_ones = []
         for place, candidate in enumerate(candidates):
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
             choices = replace(choices, parallel_passes=False)
-            if plan is not None and choices == _fewest(choices):
-                ledger = self._estimator.holdings.ledger(plan, choices)
-                least = [phase.peak for phase in _at_least(choices, ledger)]
-                open_ones.append((least, place, plan, choices, candidate.change))
+            if plan is not None and (choices == _fewest(choices) or self._estimator.counts_kernels(choices)):
+                open_ones.append((self._least_of(plan, choices), place, plan, choices, candidate.change))
         best: tuple[PhaseBytes, int, Change] | None = None
-        # Those whose weights alone need more than another's peak need not be looked at.
-        for least, place, plan, choices, change in sorted(open_ones, key=lambda item: item[0] or [math.inf]):
-            if best is not None and least and least[0] > best[0].peak:
+        # Those that need more than another's peak at the very least need not be looked at.
+        for least, place, plan, choices, change in sorted(open_ones, key=lambda item: item[:2]):
+            if best is not None and least < math.inf and least > best[0].peak:
                 continue
             peak = self._estimator.estimate(plan, choices, self._memory).peak
             # Among equals the cheapest, which comes first among the candidates.
@@ -209,6 +208,12 @@ class _Trial:
                 best = peak, place, change
         assert best is not None, "the configuration itself is possible, and so are its fewest rows"
         return best[0], best[2]
+
+    def _least_of(self, plan: SharingPlan, choices: Choices) -> float:
+        """What a candidate needs at least: its weights, and the kernels of its batches; infinite where that is unknown."""
+        ledger = self._estimator.holdings.ledger(plan, choices)
+        weights = max((phase.peak for phase in _at_least(choices, ledger)), default=math.inf)
+        return weights + self._estimator.kernels(plan, choices, _fewest(choices))
 
     def _plan(self, config: Config) -> SharingPlan | None:
         sharing = config.models.sharing
@@ -223,13 +228,14 @@ class _Trial:
         return choices_of(config, self._estimator.device, world_size=self._world_size, engine=self._engine)
 
     def _even_at_fewest(self, plan: SharingPlan, choices: Choices) -> PhaseBytes | None:
+        """A phase that is too large however few rows there are; without kernels, of which fewer rows leave more."""
         frugal = _fewest(choices)
         key = (plan.name, frugal)
         if key not in self._hopeless:
-            self._hopeless[key] = self._exceeded(plan, frugal)
+            self._hopeless[key] = self._exceeded(plan, frugal, kernels=False)
         return self._hopeless[key]
 
-    def _exceeded(self, plan: SharingPlan, choices: Choices) -> PhaseBytes | None:
+    def _exceeded(self, plan: SharingPlan, choices: Choices, *, kernels: bool = True) -> PhaseBytes | None:
         ledger = self._estimator.holdings.ledger(plan, choices)
         for phase in (*_at_least(choices, ledger), ledger.load):
             if phase.peak > self._memory:
@@ -237,7 +243,7 @@ class _Trial:
         choices = self._estimator.decided(plan, choices, ledger, self._memory)
         # The update first: it needs most nearly always.
         for name in reversed(PHASES):
-            phase = self._estimator.phase(name, plan, choices, ledger)
+            phase = self._estimator.phase(name, plan, choices, ledger, kernels=kernels)
             if phase.peak > self._memory:
                 return phase
         return None

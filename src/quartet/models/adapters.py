@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from quartet.config import LoraConfig
-from quartet.errors import CheckpointError, ConfigError, brief
+from quartet.errors import CheckpointError, ConfigError, brief, shown
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo, read_tensor
 
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
@@ -84,6 +85,26 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
             f"models.lora.target_modules={lora.target_modules!r} takes in the embedding {embeddings[0]}; "
             "adapters are trained on linear layers only, leave it out"
         )
+
+
+def refuse_unmatched(lora: LoraConfig, adapted: Sequence[tuple[nn.Module, str]]) -> None:
+    """Check that each entry of a list of targets is a layer of one model at least; models of two families have other names.
+
+    Args:
+        adapted: the models, with the names of the adapters that were attached afresh.
+
+    Raises:
+        ConfigError: an entry names nothing.
+    """
+    if isinstance(lora.target_modules, str):
+        return
+    paths = [path for model, name in adapted for path, layer in _layers(model) if name in layer.lora_A]
+    for entry in lora.target_modules:
+        if not any(f".{path}".endswith(f".{entry}") for path in paths):
+            known = {path.rpartition(".")[2] for model, _ in adapted for path, _ in model.named_modules()}
+            near = difflib.get_close_matches(entry, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else "correct it or leave it out"
+            raise ConfigError(f"models.lora.target_modules has {shown(entry)}, and no layer has that name; {hint}")
 
 
 def attach_checkpoint(model: nn.Module, name: str, info: CheckpointInfo) -> None:

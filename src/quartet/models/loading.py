@@ -106,6 +106,9 @@ def load_roles(
         model = _load_weights(spec, info, weights, place, quantization, mapped or not spec.trainable)
         _attach(spec, model, models, by_source, seed)
         backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
+    if models.lora is not None:
+        learn = [(backbones[spec.name].model, a.name) for spec in plan.backbones for a in spec.adapters if a.trainable]
+        adapters.refuse_unmatched(models.lora, learn)
     where = make_residency(models.offload, plan, backbones, device, cut=mapped)
     return _views(plan, backbones, score, value, where)
 

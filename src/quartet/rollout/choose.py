@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from quartet.config import RolloutConfig
@@ -85,4 +86,4 @@ def make_vllm_engine(
         tokens = longest_prompt + settings.response_length
         share = options.gpu_memory_utilization
         runner = Colocated(policy, settings, share=share, tokens=tokens, trust_remote_code=trust_remote_code)
-    return VllmEngine(policy, settings, runner, folder=options.folder)
+    return VllmEngine(policy, settings, runner, folder=options.folder and os.path.expanduser(options.folder))

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from quartet.distributed import ProcessEngine, SingleProcess
-from quartet.errors import CheckpointError, cause_of
+from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.adapter_files import adapter_state, save_adapter
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import Role
@@ -29,33 +30,41 @@ def export(
     reward: CheckpointInfo,
     tokenizer: Any,
     engine: ProcessEngine | None = None,
+    remedy: str | None = None,
 ) -> None:
     """Write `folder/policy` and `folder/value`, each beside and then renamed; every process calls this, the main one writes.
 
     With LoRA both are PEFT adapter folders over the checkpoint's base (the value head among the adapter's weights);
     otherwise whole models of `AutoModelForCausalLM` and `AutoModelForSequenceClassification`.
 
+    Args:
+        remedy: what to do about a full disk; None where `folder` is the run's own.
+
     Raises:
-        CheckpointError: the disk is full or not writable.
+        CheckpointError: the disk is full or not writable; nothing half written is left.
     """
+    remedy = remedy or (
+        f"free some space, then `quartet resume {folder}` ends with it after training, and `quartet export` begins anew"
+    )
     engine = engine or SingleProcess()
     critic = sft if roles.value.backbone is roles.policy.backbone and roles.plan.name != "single" else reward
     for role, info in (("policy", sft), ("value", critic)):
         state = _state(roles, role, engine)
-        _by_main(engine, folder, partial(_write, roles, role, info, folder, state, tokenizer))
-    _by_main(engine, folder, partial(_rename, folder))
+        _by_main(engine, folder, remedy, partial(_write, roles, role, info, folder, state, tokenizer))
+    _by_main(engine, folder, remedy, partial(_rename, folder))
 
 
-def _by_main(engine: ProcessEngine, folder: Path, act: Callable[[], None]) -> None:
+def _by_main(engine: ProcessEngine, folder: Path, remedy: str, act: Callable[[], None]) -> None:
     def checked() -> None:
         if engine.rank:
             return
         try:
             act()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            for role in ("policy", "value"):
+                shutil.rmtree(folder / f".writing-{role}", ignore_errors=True)
             raise CheckpointError(
-                f"the result could not be written to {folder} ({cause_of(error)}); free some space, then "
-                f"`quartet resume {folder}` ends with it after training, and `quartet export` begins anew"
+                f"the result could not be written to {folder} ({cause_of(error)}); {remedy}"
             ) from error
 
     engine.agree(checked)
@@ -112,7 +121,10 @@ def _write(
             model.config.save_pretrained(temporary)
         finally:
             model.config = before
-    tokenizer.save_pretrained(temporary)
+    try:
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:  # tokenizers raises Exception itself where the disk is full
+        raise OSError(brief(error)) from error
 
 
 def _classifier(info: CheckpointInfo) -> Any:

@@ -21,18 +21,18 @@ from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
-PLAN_FILE = "plan.json"
 
 
 class RunFolder:
     """Paths of one run and the small files in it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.jsonl"
         self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.plan = self.path / "plan.json"
         self.policy = self.path / "policy"
         self.value = self.path / "value"
 
@@ -109,12 +109,12 @@ class RunFolder:
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write or replace plan.json."""
-        write_atomically(self.path / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+        write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
 
     def read_plan(self) -> dict[str, Any]:
         """What plan.json holds; nothing where it is gone or damaged, since a run can go on without."""
         try:
-            content = json.loads((self.path / PLAN_FILE).read_text("utf-8"))
+            content = json.loads(self.plan.read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

@@ -41,17 +41,18 @@ class MetricsWriter:
 
         `keep_through` is for resuming: records of later iterations, which are about to be computed again, are dropped.
         A last line torn by a crash is always dropped. Raises ConfigError for an unknown tracker or one that is not
-        installed, and CheckpointError if the file to resume is damaged.
+        installed, and CheckpointError if the file to resume is damaged or the disk is full.
         """
         self._path = Path(folder) / FILE_NAME
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard: SummaryWriter | None = None
         for tracker in trackers:
             if tracker != "tensorboard":
                 raise ConfigError(f"run.trackers has {tracker!r}, which is unknown; take 'tensorboard'")
             self._tensorboard = _open_tensorboard(self._path.parent, keep_through)
-        _repair(self._path, keep_through)
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _repair(self._path, keep_through)
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Append one record; it holds `iteration`. A number that is not finite becomes null, which JSON has.

@@ -5,6 +5,7 @@ Both work while the run goes on. Nothing in the run folder is written or removed
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +111,9 @@ def export_checkpoint(
         start, trust: as `evaluate`; reward sources are not used.
 
     Raises:
-        QuartetError: as `evaluate`, or `out` is a file or holds something.
+        QuartetError: as `evaluate`, `out` is a file or holds something, or its disk is full.
     """
-    folder, target = RunFolder(run), Path(out)
+    folder, target = RunFolder(run), Path(os.path.expanduser(out))
     config = _alone(folder.read_config()).model_copy(update={"rewards": ()})
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {str(target)!r} is a file or not empty; name a new or empty folder")
@@ -121,7 +122,8 @@ def export_checkpoint(
         refuse_untrusted(config, folder.path)
     inputs = _without_prompts(config, say)
     loaded, _, name = _open(folder, config, inputs, say, start)
-    export(loaded.roles, target, sft=inputs.sft, reward=inputs.reward, tokenizer=inputs.tokenizer)
+    remedy = "free some space, or name a folder on another disk with --out"
+    export(loaded.roles, target, sft=inputs.sft, reward=inputs.reward, tokenizer=inputs.tokenizer, remedy=remedy)
     return name
 
 

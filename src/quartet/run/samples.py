@@ -71,15 +71,19 @@ def keep_samples(path: Path, *, through: int) -> int:
 
     Returns:
         How many samples of iteration `through` there are.
+
+    Raises:
+        CheckpointError: the disk is full.
     """
     if not path.is_file():
         return 0
     numbered = [(line, _iteration(line)) for line in path.read_bytes().splitlines(keepends=True)]
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(b"".join(line.rstrip() + b"\n" for line, iteration in numbered if iteration <= through))
-        put_on_disk(stream)
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("wb") as stream:
+            stream.write(b"".join(line.rstrip() + b"\n" for line, iteration in numbered if iteration <= through))
+            put_on_disk(stream)
+        temporary.replace(path)
     return sum(iteration == through for _, iteration in numbered)
 
 

@@ -11,7 +11,7 @@ from quartet.records import Scored
 from quartet.run.checkpoint import RunState, save_checkpoint
 from quartet.run.checkpoint_folder import list_checkpoints, remove_checkpoint, step_of
 from quartet.run.export import export
-from quartet.run.folder import RunFolder
+from quartet.run.folder import RunFolder, writing
 from quartet.run.metrics import MetricsWriter
 from quartet.run.samples import append_samples, keep_samples, samples_of
 from quartet.run.setup import Inputs, Loaded
@@ -54,9 +54,14 @@ class Store:
                 writer.close()
 
     def plan(self, memory: dict[str, Any]) -> None:
-        """Write plan.json again, with memory as measured up to now; without waiting for the other processes."""
+        """Write plan.json again, with memory as measured up to now; without waiting for the other processes.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
         if self._loaded.engine.rank == 0:
-            self._folder.write_plan({"plan": self._inputs.plan.as_dict(), "memory": memory})
+            with writing(self._folder.plan):
+                self._folder.write_plan({"plan": self._inputs.plan.as_dict(), "memory": memory})
 
     def add_samples(self, iteration: int, scored: Scored) -> None:
         """Add the scored responses to the evaluation prompts to samples.jsonl.
