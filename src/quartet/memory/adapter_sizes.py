@@ -121,13 +121,17 @@ def everywhere(
         ConfigError: `target_modules` names nothing.
     """
     if not adapter.trainable:
-        stored = {name: t.shape for name, t in owner.adapter_tensors.items() if ".lora_A." in name}
-        names = _of_layers(stored)
-        return LoraConfig(r=max(shape[0] for shape in stored.values()), target_modules=names) if names else None
+        names = _of_layers(owner.adapter_tensors)
+        return LoraConfig(r=stored_rank(owner), target_modules=names) if names else None
     assert lora is not None
     if not _names_layers(lora):
         return lora
     return lora.model_copy(update={"target_modules": _of_layers(_attached(base, task, lora, None))})
+
+
+def stored_rank(owner: CheckpointInfo) -> int:
+    """The largest rank of a checkpoint's adapter."""
+    return max((t.shape[0] for name, t in owner.adapter_tensors.items() if ".lora_A." in name), default=0)
 
 
 def merged_weights(owner: CheckpointInfo) -> set[str]:

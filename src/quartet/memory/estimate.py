@@ -15,6 +15,7 @@ from quartet.memory.holdings import Holdings
 from quartet.memory.libraries import kernels
 from quartet.memory.parallel import passes_in_parallel
 from quartet.memory.phases import PHASES
+from quartet.memory.refusals import refuse_unloadable
 from quartet.memory.sharding import (
     FLOAT,
     extra_bytes,
@@ -47,8 +48,10 @@ class Estimator:
 
         Raises:
             CheckpointError: a checkpoint whose model cannot be built from its configuration.
-            ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers).
+            ConfigError: settings that the model cannot follow (adapters without a place, too many frozen layers), or that
+                loading would refuse.
         """
+        refuse_unloadable(plan, choices, self.holdings, self.device)
         choices = self.decided(plan, choices, ledger := self.holdings.ledger(plan, choices), free)
         phases = (ledger.load, *(self.phase(name, plan, choices, ledger) for name in PHASES))
         carried = self._traffic(plan, choices, ledger)

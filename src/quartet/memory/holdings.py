@@ -123,7 +123,7 @@ class Holdings:
             kept = shape.count(frozen & stored) * FLOAT if dtype == torch.float32 else 0
             return _WeightBytes(weights, kept, kept + shape.count(shape.trained & stored) * FLOAT)
         if choices.quantization is not None:
-            plain = shape.tensors.keys() - shape.linear
+            plain = shape.tensors.keys() - shape.linear.keys()
             small = sum(
                 quantized_bytes(shape.tensors[name], choices.quantization, dtype.itemsize) for name in shape.linear
             )
@@ -142,10 +142,14 @@ class Holdings:
         key = (spec.name, name, choices.lora)
         if key not in self._adapters:
             adapter = next(a for a in spec.adapters if a.name == name)
-            owner = self._sft if name in ("policy", "reference", "sft") else self._reward
+            owner = self.owner(name)
             shape = self.shape(spec.task, 0)
             self._adapters[key] = adapter_size(adapter, owner, self._info(spec), spec.task, choices.lora, shape)
         return self._adapters[key]
+
+    def owner(self, adapter: str) -> CheckpointInfo:
+        """The checkpoint that an adapter of this name is for."""
+        return self._sft if adapter in ("policy", "reference", "sft") else self._reward
 
     def _role(self, plan: SharingPlan, role: Role, choices: Choices) -> RoleBytes:
         view, policy = plan.view(role), plan.view("policy")

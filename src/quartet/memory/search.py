@@ -15,6 +15,7 @@ from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate, Ledger, PhaseBytes
 from quartet.memory.phases import PHASES
+from quartet.memory.refusals import refuse_unloadable
 from quartet.models.loading import plan_for
 from quartet.models.offload import refuse_unmovable
 from quartet.models.plan import SharingPlan
@@ -176,6 +177,7 @@ class _Trial:
             return None
         try:
             refuse_unmovable(config.models, plan, self._estimator.device, cut=choices.engine in CUTTING)
+            refuse_unloadable(plan, choices, self._estimator.holdings, self._estimator.device)
         except ConfigError:
             return None
         exceeded = self._even_at_fewest(plan, choices)

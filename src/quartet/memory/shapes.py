@@ -29,8 +29,8 @@ class BackboneShape:
     """Shapes of the distinct parameters by name."""
     head: frozenset[str]
     """Which of them are the LM head's own; empty where it is tied to the embeddings."""
-    linear: frozenset[str]
-    """Which of them quantization replaces: weights of linear layers within the transformer."""
+    linear: dict[str, int]
+    """Which of them quantization replaces, weights of linear layers within the transformer, and how many inputs they have."""
     trained: frozenset[str]
     """Which of them full fine-tuning trains: all, or those above the frozen layers."""
     buffer_bytes: int
@@ -119,8 +119,8 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
     layers = decoder_layers(model)
     modules = dict(model.named_modules())
     linear = {
-        name
-        for name in tensors
+        name: shape[0] if type(modules[name.removesuffix(".weight")]).__name__ == "Conv1D" else shape[-1]
+        for name, shape in tensors.items()
         if name.startswith(prefix)
         and name.endswith(".weight")
         and type(modules[name.removesuffix(".weight")]).__name__ in ("Linear", "Conv1D")
@@ -129,7 +129,7 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
     return BackboneShape(
         tensors=tensors,
         head=frozenset(name for name in tensors if not name.startswith(prefix)),
-        linear=frozenset(linear),
+        linear=linear,
         trained=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         prefix=prefix,

@@ -204,16 +204,25 @@ def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointI
         )
     parts: Any = layer  # torch types a ModuleDict's entries too vaguely to compute with
     old_rank, new_rank = layer.r[start], layer.r[name]
-    if old_rank > new_rank:
-        raise ConfigError(
-            f"models.lora.r={new_rank} is smaller than rank {old_rank} of the adapter {info.key}={info.adapter!r} that "
-            f"training starts from; set models.lora.r={old_rank} or more"
-        )
+    refuse_smaller_rank(info, old_rank, new_rank)
     with torch.no_grad():
         parts.lora_A[name].weight[:old_rank] = parts.lora_A[start].weight
         parts.lora_B[name].weight.zero_()
         scale = parts.scaling[start] / parts.scaling[name]
         parts.lora_B[name].weight[:, :old_rank] = parts.lora_B[start].weight * scale
+
+
+def refuse_smaller_rank(info: CheckpointInfo, old: int, new: int) -> None:
+    """A trained adapter has room for the one that it starts from.
+
+    Raises:
+        ConfigError: its rank is smaller.
+    """
+    if old > new:
+        raise ConfigError(
+            f"models.lora.r={new} is smaller than rank {old} of the adapter {info.key}={info.adapter!r} that training starts "
+            f"from; set models.lora.r={old} or more"
+        )
 
 
 def merge(model: nn.Module, info: CheckpointInfo) -> None:

@@ -72,12 +72,21 @@ def seal(model: nn.Module, kind: str) -> None:
     if kind != "4bit":
         return
     for name, layer in layers:
-        if layer.in_features % BLOCK:
-            raise ConfigError(
-                f"models.quantization=4bit needs rows of whole blocks of {BLOCK} weights, and {name} has "
-                f"{layer.in_features} inputs; use models.quantization=8bit"
-            )
+        refuse_partial_blocks(name, layer.in_features)
         layer.support_avx512bf16_for_cpu = False
+
+
+def refuse_partial_blocks(name: str, inputs: int) -> None:
+    """nf4 needs rows of whole blocks.
+
+    Raises:
+        ConfigError: the layer's rows are not.
+    """
+    if inputs % BLOCK:
+        raise ConfigError(
+            f"models.quantization=4bit needs rows of whole blocks of {BLOCK} weights, and {name} has {inputs} inputs; "
+            "use models.quantization=8bit"
+        )
 
 
 def _quantized_layers(model: nn.Module, kind: str) -> list[tuple[str, Any]]:

@@ -14,6 +14,8 @@ from quartet.config import PPOConfig
 from quartet.errors import ConfigError
 from quartet.models.roles import Roles
 
+PAGED = "paged_adamw8bit"
+
 
 def make_optimizer(roles: Roles, ppo: PPOConfig) -> torch.optim.Optimizer:
     """AdamW over two groups, `policy` and `value`; fused, which is the fastest on CPU and CUDA alike.
@@ -40,15 +42,24 @@ def _eight_bit(name: str, roles: Roles) -> Callable[..., torch.optim.Optimizer]:
         raise ConfigError(
             f"ppo.optimizer.name={name} needs bitsandbytes, which is not installed; pip install quartet-rlhf[quantization]"
         )
-    paged = name == "paged_adamw8bit"
-    if paged and roles.value.head.weight.device.type == "cpu":
-        raise ConfigError(
-            "ppo.optimizer.name=paged_adamw8bit pages optimizer state between GPU and host memory, and the models are on "
-            "the CPU; use adamw8bit or adamw"
-        )
+    refuse_paging(name, roles.value.head.weight.device)
+    paged = name == PAGED
     library: Any = import_module("bitsandbytes.optim")
     kind: Callable[..., torch.optim.Optimizer] = library.PagedAdamW8bit if paged else library.AdamW8bit
     return kind
+
+
+def refuse_paging(name: str, device: torch.device) -> None:
+    """Paged state needs a GPU.
+
+    Raises:
+        ConfigError: it is asked for on a CPU.
+    """
+    if name == PAGED and device.type == "cpu":
+        raise ConfigError(
+            f"ppo.optimizer.name={PAGED} pages optimizer state between GPU and host memory, and the models are on the CPU; "
+            "use adamw8bit or adamw"
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, ppo: PPOConfig, iteration: int) -> float:
