@@ -18,6 +18,7 @@ from quartet.errors import CheckpointError, ConfigError
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.loading import load_roles, plan_for
 from quartet.models.offload import Offloaded
+from quartet.models.quantize import DequantizingLinear
 from quartet.models.roles import Roles
 from quartet.records import Prompts, Sequences
 from quartet.rollout.dynamic import DynamicEngine
@@ -103,6 +104,38 @@ def test_recomputed_activations_change_no_gradient(folders: tuple[Path, Path], k
     for name, gradient in gradients(recomputing).items():
         difference = ((gradient - expected[name]).norm() / expected[name].norm()).item()
         assert difference < least, (name, difference)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_no_layer_keeps_a_whole_weight_for_the_backward_pass(folders: tuple[Path, Path], kind: str | None) -> None:
+    """In floating point it would take what quantization saved."""
+    roles = load(folders, kind)
+    weights = [p for backbone in roles.backbones.values() for p in backbone.model.parameters()]
+    mapped = {weight.data_ptr() for weight in weights if type(weight) is torch.nn.Parameter}
+    shapes, kept = {(64, 64), (128, 64), (64, 128)}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        if plain and tuple(tensor.shape) in shapes and tensor.data_ptr() not in mapped:
+            kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients(roles)
+    assert not kept
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_torchaos_gradients_are_those_of_its_own_pass(
+    folders: tuple[Path, Path], dtype: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 it rounds gradients times scales, and we weights: 2^-8 each, over two layers."""
+    ours = gradients(load(folders, "torchao-int8", dtype))
+    monkeypatch.setattr(DequantizingLinear, "forward", torch.nn.Linear.forward)
+    theirs = gradients(load(folders, "torchao-int8", dtype))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= most * gradient.norm(), name
 
 
 def test_eight_bit_layers_do_not_talk_at_every_product(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from quartet.errors import ConfigError
 
@@ -56,6 +58,7 @@ def seal(model: nn.Module, kind: str) -> None:
 
     On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward without gradients (any rollout) to a
     kernel that has no backward, after which gradients of the layers below vanish silently. That kernel is turned off.
+    torchao's layers keep their whole weight for the backward pass, in floating point; they get a pass that makes it again.
 
     Raises:
         ConfigError: nothing was quantized, or a layer's rows are not whole blocks of 64.
@@ -66,6 +69,10 @@ def seal(model: nn.Module, kind: str) -> None:
             f"models.quantization={kind} found no linear layer to quantize in {type(model).__name__}; "
             "use models.quantization=null"
         )
+    if kind == "torchao-int8":
+        for module in model.modules():
+            if type(module) is nn.Linear and _of_torchao(module.weight):
+                module.__class__ = DequantizingLinear
     if kind == "8bit":
         # It says at every product of every layer that float32 is rounded by way of float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -74,6 +81,32 @@ def seal(model: nn.Module, kind: str) -> None:
     for name, layer in layers:
         refuse_partial_blocks(name, layer.in_features)
         layer.support_avx512bf16_for_cpu = False
+
+
+class DequantizingLinear(nn.Linear):
+    """A linear layer over torchao's weights, which are in floating point only while they are multiplied with."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`x W^T + b`."""
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input)
+        apply: Callable[..., Tensor] = _Dequantizing.apply
+        return apply(input, self.weight, self.bias)
+
+
+class _Dequantizing(torch.autograd.Function):
+    """The library's own product, and the gradient of its input; the weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, states.dtype
+        return nn.functional.linear(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        whole: Tensor = ctx.weight.dequantize().to(gradient.dtype)
+        return (gradient @ whole).to(ctx.dtype), None, None
 
 
 def refuse_partial_blocks(name: str, inputs: int) -> None:
@@ -92,8 +125,12 @@ def refuse_partial_blocks(name: str, inputs: int) -> None:
 def _quantized_layers(model: nn.Module, kind: str) -> list[tuple[str, Any]]:
     if LIBRARIES[kind] == "torchao":
         weights = [(name, getattr(module, "weight", None)) for name, module in model.named_modules()]
-        return [(name, weight) for name, weight in weights if type(weight).__module__.startswith("torchao.")]
+        return [(name, weight) for name, weight in weights if _of_torchao(weight)]
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     wanted = Linear4bit if kind == "4bit" else Linear8bitLt
     return [(name, module) for name, module in model.named_modules() if isinstance(module, wanted)]
+
+
+def _of_torchao(weight: object) -> bool:
+    return type(weight).__module__.startswith("torchao.")
