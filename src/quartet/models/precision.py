@@ -16,6 +16,10 @@ takes up to a third less time than of 16. It compiles a kernel for each shape, i
 def resolve_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is a GPU.
 
+    From then on attention does without cuDNN, which newer GPUs would take first: it plans for every single shape, and the
+    shapes of microbatches and of decoding keep changing; under masks its gradients have been seen to be NaN
+    (pytorch/pytorch#196678).
+
     Raises:
         ConfigError: CUDA asked for where there is none.
     """
@@ -23,6 +27,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError("models.device=cuda, and torch sees no GPU here; use models.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
