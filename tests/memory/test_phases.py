@@ -10,17 +10,19 @@ import torch
 
 from checkpoints import write_model
 from pipeline import Pipeline
-from quartet.config import LoraConfig
+from quartet.config import LoraConfig, parse_config
 from quartet.errors import CheckpointError
 from quartet.memory.choices import Choices, Workload, choices_of, workload_of
+from quartet.memory.command import estimator_for
 from quartet.memory.estimate import Estimator
 from quartet.memory.phases import PHASES, Simulator
 from quartet.memory.shapes import shape_of
 from quartet.memory.skeleton import fake_roles, tensors_of
-from quartet.memory.trace import FakeTensors, MemoryTrace
+from quartet.memory.trace import LOGITS, FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
+from quartet.models.loading import plan_for
 from quartet.models.plan import Source, make_plan
 
 WORKLOAD = Workload(10, 6, 8, 1, 1, False, 1.0, 1.0)
@@ -162,6 +164,22 @@ def test_gradients_of_the_microbatches_before_are_there(tiny_run: Any) -> None:
     trained = sum(p.nbytes for role in ("policy", "value") for _, p in one.roles.trained_parameters(role))  # type: ignore[arg-type]
     assert held[1].gradients == trained
     assert held[0].peak < held[1].peak
+
+
+def test_a_gpu_is_planned_with_the_logits_of_more_tokens_at_once(hollow: Any) -> None:
+    """Scoring in bfloat16 holds a chunk's logits and two float32 tensors of that size: 10 bytes an element."""
+    sizes = {"vocab_size": 50000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values = hollow({**sizes, "num_attention_heads": 2}, **{"rollout.response_length": 300, "models.dtype": "bfloat16"})
+    config = parse_config(values)
+    known = estimator_for(config)
+    plan = plan_for(config.models, known.sft, known.reward)
+    workload, shape = workload_of(config, 10), shape_of(known.sft, "language_model")
+    logits = {}
+    for name in ("cpu", "cuda"):
+        choices = replace(choices_of(config, torch.device(name)), batch_rows=4)
+        simulator = Simulator(known.sft, known.reward, workload)
+        logits[name] = simulator.working("scoring", plan, choices, shape).held[LOGITS]
+    assert logits == {"cpu": 128 * 50000 * 10, "cuda": 4 * 300 * 50000 * 10}
 
 
 @pytest.mark.parametrize(("engine", "own"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp2", False)])

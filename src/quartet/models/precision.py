@@ -11,6 +11,10 @@ from quartet.errors import ConfigError
 TILE = 32
 """Tokens of which oneDNN's kernels for bfloat16 take a multiple best: of 32 a product over tokens, as of a weight's gradient,
 takes up to a third less time than of 16. It compiles a kernel for each shape, in a few milliseconds and half a megabyte."""
+CHUNK_TOKENS, CHUNK_TOKENS_GPU = 128, 2048
+"""Tokens whose logits exist at once, on a CPU and on a GPU. A trained LM head converts its weight for each chunk and makes a
+gradient of the weight's size, rounded to the computation's dtype, which is added to that of the others: on a GPU few chunks are
+faster and more exact, and their logits take megabytes of gigabytes. A CPU is as fast with small ones, which its caches hold."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,6 +58,11 @@ def tile_of(device: torch.device, dtype: torch.dtype) -> int:
     """Rows to a multiple of which the update fills up its products, and scoring those of LM heads: all lengths then come to few
     shapes."""
     return TILE if (device.type, dtype) == ("cpu", torch.bfloat16) else 1
+
+
+def chunk_tokens_of(device: torch.device) -> int:
+    """Tokens whose logits exist at once."""
+    return CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS_GPU
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
