@@ -14,7 +14,7 @@ from quartet.rollout.engine import SamplingSettings
 from quartet.rollout.sampling import episode_uniforms
 from quartet.rollout.static_cache import RowCache
 from quartet.rollout.static_decoder import Decoder, check, generating
-from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Steps, check_recording
+from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Steps, check_recording, not_recorded
 
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one forward pass over prompts."""
@@ -80,19 +80,27 @@ class StaticEngine:
         self._settings = settings
         self._decoder = Decoder(policy)
         self._recorder: Callable[[], Recorder] | None = None
+        self._say: Callable[[str], None] = print
         with generating(policy):
             check(self._decoder, policy)
 
-    def record_with(self, recorder: Callable[[], Recorder]) -> None:
-        """Record decoding steps and play them back; what `recorder` gives serves one rollout, since weights may lie
-        elsewhere in the next.
+    def record_with(self, recorder: Callable[[], Recorder], say: Callable[[str], None] = print) -> None:
+        """Record decoding steps and play them back.
+
+        Args:
+            recorder: what it gives serves one rollout, since weights may lie elsewhere in the next.
+            say: told in one line if a step cannot be recorded later on; from then on all are run as they are.
 
         Raises:
             NotDrivable: a step of this model cannot be recorded, or gives something else when it is played back.
         """
         with torch.no_grad(), generating(self._policy):
             check_recording(self._decoder, self._policy, self._settings, recorder())
-        self._recorder = recorder
+        self._recorder, self._say = recorder, say
+
+    def _stop_recording(self, error: Exception) -> None:
+        self._recorder = None
+        self._say(f"rollout.cuda_graphs is off from here on: {not_recorded(error)}")
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, *, greedy: bool = False) -> Rollout:
@@ -128,7 +136,8 @@ class StaticEngine:
         rows = self._empty_rows(size, max(lengths) + self._settings.response_length)
         steps = Steps(self._decoder, self._policy.head, self._settings, rows.cache)
         if self._recorder is not None:
-            steps = RecordedSteps(steps, rows.cache, self._policy.backbone.device, self._recorder())
+            device, recorder = self._policy.backbone.device, self._recorder()
+            steps = RecordedSteps(steps, rows.cache, device, recorder, on_failure=self._stop_recording)
         while waiting or rows.live:
             free = size - rows.live
             if waiting and (not rows.live or free >= max(1, size // REFILL_SHARE)):
