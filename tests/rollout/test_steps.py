@@ -91,6 +91,17 @@ def test_weights_of_now_are_used_in_every_rollout() -> None:
     assert [recorder.recorded > 0 for recorder in made] == [True, True, True]
 
 
+def test_what_was_run_in_one_rollout_is_recorded_at_once_in_the_next() -> None:
+    """Greedy steps and steps that draw run other operations: each kind is run once before it is recorded."""
+    engine, made = recording(make_policy(FAMILIES["llama"]()))
+    run_as_they_are = []
+    for greedy in (False, True, False, True):
+        found = engine.generate(make_prompts(), greedy=greedy)
+        run_as_they_are.append(found.decode_steps - made[-1].played)
+    assert all(count > 0 for count in run_as_they_are[:2])
+    assert run_as_they_are[2:] == [0, 0]
+
+
 def test_steps_that_cannot_be_recorded_or_differ_are_refused() -> None:
     policy = make_policy(FAMILIES["llama"]())
 

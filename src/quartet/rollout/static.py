@@ -14,7 +14,7 @@ from quartet.rollout.engine import SamplingSettings
 from quartet.rollout.sampling import episode_uniforms
 from quartet.rollout.static_cache import RowCache
 from quartet.rollout.static_decoder import Decoder, check, generating
-from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Steps, check_recording, not_recorded
+from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Shape, Steps, check_recording, not_recorded
 
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one forward pass over prompts."""
@@ -81,6 +81,7 @@ class StaticEngine:
         self._decoder = Decoder(policy)
         self._recorder: Callable[[], Recorder] | None = None
         self._say: Callable[[str], None] = print
+        self._seen: set[Shape] = set()
         with generating(policy):
             check(self._decoder, policy)
 
@@ -137,7 +138,7 @@ class StaticEngine:
         steps = Steps(self._decoder, self._policy.head, self._settings, rows.cache)
         if self._recorder is not None:
             device, recorder = self._policy.backbone.device, self._recorder()
-            steps = RecordedSteps(steps, rows.cache, device, recorder, on_failure=self._stop_recording)
+            steps = RecordedSteps(steps, rows.cache, device, recorder, seen=self._seen, on_failure=self._stop_recording)
         while waiting or rows.live:
             free = size - rows.live
             if waiting and (not rows.live or free >= max(1, size // REFILL_SHARE)):

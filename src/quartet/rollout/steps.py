@@ -23,6 +23,8 @@ from quartet.rollout.sampling import pick
 from quartet.rollout.static_cache import NotDrivable, RowCache
 from quartet.rollout.static_decoder import Decoder, rounded
 
+Shape = tuple[int, int, bool]
+"""Rows and columns of a recorded step, and whether it is greedy."""
 Picked = tuple[Tensor, Tensor]
 """Tokens int64 `[n]`, and float32 `[n]` their log-probabilities in nats."""
 FEWEST_COLUMNS = 64
@@ -69,7 +71,7 @@ class Recorder(Protocol):
 
 
 class RecordedSteps(Steps):
-    """Steps that are run as they are the first time, recorded the second time, and played back from then on.
+    """Steps that are run as they are the first time in a process, recorded once they come again, and played back from then on.
 
     Rows beyond the live ones are computed along. What they write lies in places of the cache that no row is in, and a
     prompt that comes in writes over it. Once a step cannot be recorded, those of shapes that are not recorded yet are run.
@@ -82,17 +84,22 @@ class RecordedSteps(Steps):
         device: torch.device,
         record: Recorder,
         *,
+        seen: set[Shape] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
-        """`on_failure` is told why a step cannot be recorded; without it, the error goes up."""
+        """
+        Args:
+            seen: what earlier rollouts of this process have run already; added to.
+            on_failure: told why a step cannot be recorded; without it, the error goes up.
+        """
         super().__init__(steps._decoder, steps._head, steps._settings, cache)
         self._rows, self._columns = cache.shape
         self._record: Recorder | None = record
         self._on_failure = on_failure
         self._token, self._position = torch.zeros((2, self._rows), dtype=torch.int64, device=device)
         self._uniform = torch.zeros(self._rows, dtype=torch.float64, device=device)
-        self._seen: set[tuple[int, int]] = set()
-        self._known: dict[tuple[int, int], tuple[Callable[[], None], Picked]] = {}
+        self._seen = set() if seen is None else seen
+        self._known: dict[Shape, tuple[Callable[[], None], Picked]] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int, uniform: Tensor | None) -> Picked:
         """As `Steps`; the result is overwritten by the next call."""
@@ -106,7 +113,7 @@ class RecordedSteps(Steps):
         return next_tokens[:count], logprobs[:count]
 
     def _next(self, rows: int, columns: int, greedy: bool) -> Picked:
-        key = (rows, columns)
+        key = (rows, columns, greedy)
         if key not in self._seen:  # brings in what a library sets up on first use, which cannot be recorded
             self._seen.add(key)
             return self._padded(rows, columns, greedy)
