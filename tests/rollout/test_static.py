@@ -20,6 +20,7 @@ from quartet.rollout.choose import make_engine
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.sampling import sample
 from quartet.rollout.static import StaticEngine
+from questions import Questions
 from rollout_policies import (
     FAMILIES,
     LENGTHS,
@@ -68,6 +69,17 @@ def test_steps_of_grouped_heads_equal_the_librarys(family: str, monkeypatch: pyt
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-6, atol=1e-6)
     assert (9, False) in seen  # a prompt
     assert (1, True) not in seen
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_step_reads_which_rows_stopped_and_asks_nothing_else(greedy: bool) -> None:
+    """What is read has the same shape whatever is in it; where its shape depends on that, the host waits once more."""
+    policy = make_policy(FAMILIES["llama"]())
+    engine = StaticEngine(policy, with_stops(policy, greedy=greedy))
+    with Questions() as questions:
+        found = engine.generate(make_prompts(), greedy=greedy)
+    assert questions.seen == []
+    assert found.stopped.any()
 
 
 @pytest.mark.parametrize("greedy", [True, False])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.models.roles import LanguageView
+from quartet.models.transfer import to_device
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
 from quartet.rollout.sampling import episode_uniforms
@@ -163,11 +164,12 @@ class StaticEngine:
         """Prefill waiting prompts into the slots after the live ones and sample their first tokens."""
         device = rows.token.device
         texts = [prompts.tokens[row] for row in chosen]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._settings.pad_id).to(device)
-        lengths = torch.tensor([len(text) for text in texts], device=device)
+        host = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._settings.pad_id)
+        ids = to_device(host, device)
+        lengths = to_device(torch.tensor([len(text) for text in texts]), device)
         slots = slice(rows.live, rows.live + len(chosen))
         hidden = self._decoder.prefill(rows.cache, slots.start, ids, lengths)
-        rows.episode[slots] = torch.tensor(chosen, device=device)
+        rows.episode[slots] = to_device(torch.tensor(chosen), device)
         rows.position[slots] = lengths
         rows.step[slots] = 0
         rows.born += [rows.clock] * len(chosen)
@@ -190,7 +192,8 @@ class StaticEngine:
         rows.step[slots] += 1
         done = {slot for slot in range(slots.start, slots.stop) if self._is_full(rows, slot)}
         if settings.stop_id is not None:  # the one question to the device in a step
-            done.update(slots.start + place for place in (tokens == settings.stop_id).nonzero().flatten().tolist())
+            stopped: list[bool] = (tokens == settings.stop_id).tolist()
+            done.update(slots.start + place for place, stops in enumerate(stopped) if stops)
         if done:
             _release(rows, done)
 
@@ -205,7 +208,7 @@ def _release(rows: _Rows, done: set[int]) -> None:
     movers = [slot for slot in range(left, rows.live) if slot not in done]
     if holes:
         columns = rows.clock + max(rows.prompt[slot] - rows.born[slot] for slot in movers)
-        target, source = torch.tensor([holes, movers], device=rows.token.device)
+        target, source = to_device(torch.tensor([holes, movers]), rows.token.device)
         rows.cache.move(source, target, columns)
         for state in (rows.episode, rows.position, rows.step, rows.token):
             state[target] = state[source]
