@@ -182,6 +182,27 @@ def test_a_gpu_is_planned_with_the_logits_of_more_tokens_at_once(hollow: Any) ->
     assert logits == {"cpu": 128 * 50000 * 10, "cuda": 4 * 300 * 50000 * 10}
 
 
+def test_a_gpu_is_planned_without_what_only_a_cpu_does(hollow: Any) -> None:
+    """Short attention by plain products, whose scores a GPU never holds."""
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = parse_config(hollow(sizes, **{"rollout.response_length": 30, "models.dtype": "bfloat16"}))
+    known = estimator_for(config)
+    plan = plan_for(config.models, known.sft, known.reward)
+    shape, found = shape_of(known.sft, "language_model"), {}
+    for name in ("cpu", "cuda"):
+        simulator = Simulator(known.sft, known.reward, workload_of(config, 10))
+        working = simulator.working("update", plan, choices_of(config, torch.device(name)), shape)
+        found[name] = {str(product[0]) for product in working.products}
+    assert {"aten::baddbmm", "aten::bmm"} <= found["cpu"]
+    assert not {"aten::baddbmm", "aten::bmm"} & found["cuda"]
+
+
 @pytest.mark.parametrize(("engine", "own"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp2", False)])
 def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run: Any, engine: str, own: bool) -> None:
     """As a run loads them: the update of a gated MLP then keeps the product of its gate."""

@@ -27,7 +27,7 @@ from quartet.models.linears import Weights, restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import AdapterSpec, BackboneSpec, SharingPlan
-from quartet.models.precision import chunk_tokens_of, tile_of
+from quartet.models.precision import chunk_tokens_of, planned_for, tile_of
 from quartet.models.residency import Residency
 from quartet.models.roles import Roles
 from quartet.records import Sequences
@@ -208,7 +208,7 @@ def traced(roles: Roles, mode: FakeTensors, device: str) -> Iterator[MemoryTrace
     for view, role in zip(views, ("policy", "reference"), strict=True):
         view.head = _MarkedHead(view.head, trace, role, on_cpu=device == "cpu")
     try:
-        with mode.counted_by(trace):
+        with planned_for(device), mode.counted_by(trace):
             yield trace
     finally:
         labels.remove()

@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from quartet.models.layout import packed_now
+from quartet.models.precision import on_cpu
 
 NAME = "quartet"
 LONGEST = 256
@@ -119,7 +120,7 @@ def short_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
     plain = (
-        query.device.type == "cpu"
+        on_cpu(query)
         and _computed_in(query) == torch.bfloat16
         and torch.is_grad_enabled()
         and attention_mask is None

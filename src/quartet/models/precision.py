@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from quartet.errors import ConfigError
 
@@ -63,6 +66,29 @@ def tile_of(device: torch.device, dtype: torch.dtype) -> int:
 def chunk_tokens_of(device: torch.device) -> int:
     """Tokens whose logits exist at once."""
     return CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS_GPU
+
+
+class _Planned(threading.local):
+    kind: str | None = None
+
+
+_planned = _Planned()
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Let tensors of the CPU stand for those of a device of this kind: code that is for a CPU only is then left out, as
+    there."""
+    before, _planned.kind = _planned.kind, kind
+    try:
+        yield
+    finally:
+        _planned.kind = before
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor is done by a CPU, here or in the run that is planned."""
+    return tensor.device.type == "cpu" and _planned.kind in (None, "cpu")
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
