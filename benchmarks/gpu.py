@@ -12,6 +12,7 @@ usage: python benchmarks/gpu.py [--quick] [--json benchmarks/results/gpu.json] [
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from typing import Any
@@ -72,19 +73,22 @@ def main() -> None:
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     found.add_argument("--sizes", nargs="+", default=["0.5B", "1.5B"])
     arguments = found.parse_args()
-    if arguments.device == "cuda" and not _has_gpu():
+    gpu = _gpu() if arguments.device == "cuda" else None
+    if arguments.device == "cuda" and gpu is None:
         raise SystemExit(
             "torch sees no GPU here; run this on a machine with one, or see that it works with --device cpu"
         )
     sizes = arguments.sizes[:1] if arguments.quick else arguments.sizes
-    make_models(arguments, sizes, early=False)
     versions = {"quartet": own_versions()} | (
         {"peer": peer_versions(arguments.peer)} if arguments.peer.exists() else {}
     )
+    make_models(arguments, sizes, early=False)
     rates = run_worker(sys.executable, "floor.py", ["--device", arguments.device], arguments.threads)
     print(heading(versions, arguments.threads))
+    if gpu is not None:
+        print(", ".join(f"{name} {value}" for name, value in gpu.items()))
     print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
-    figures: dict[str, Any] = {"machine": machine(), "versions": versions, "rates": rates, "rows": []}
+    figures: dict[str, Any] = {"machine": machine() | {"gpu": gpu}, "versions": versions, "rates": rates, "rows": []}
     print(
         f"{'':12}{'seconds':>9}{'rollout (floor)':>16}{'update (floor)':>16}{'scoring':>8}{'tokens/s':>11}{'/ TRL':>8}"
     )
@@ -97,9 +101,15 @@ def main() -> None:
             print(report(arguments, rows, rates), flush=True)
 
 
-def _has_gpu() -> bool:
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+def _gpu() -> dict[str, Any] | None:
+    """The GPU's name and its libraries, asked in a process of its own, which leaves no memory on it; None without one."""
+    code = (
+        "import json, torch; here = torch.cuda.is_available(); print(json.dumps({'name': torch.cuda.get_device_name(), "
+        "'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version()} if here else None))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] | None = json.loads(printed)
+    return found
 
 
 if __name__ == "__main__":

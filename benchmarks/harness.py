@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,15 @@ def extensions() -> list[str]:
 
 
 def own_versions() -> dict[str, str]:
-    """Versions on Quartet's side."""
-    return {name: version(name) for name in ("quartet-rlhf", "torch", "transformers", "peft", "bitsandbytes")}
+    """Versions on Quartet's side; Quartet itself may run from its source, and bitsandbytes is for quantization only."""
+    return {name: _version(name) for name in ("quartet-rlhf", "torch", "transformers", "peft", "bitsandbytes")}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def peer_versions(python: Path) -> dict[str, str]:

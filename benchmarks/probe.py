@@ -9,6 +9,7 @@ import json
 import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def status_bytes(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Begin a new peak of the resident set (5 in proc_pid_clear_refs(5))."""
-    CLEAR_REFS.write_text("5")
+    """Begin a new peak of the resident set (5 in proc_pid_clear_refs(5)); where the kernel does not permit it, as in some
+    containers, peaks are those since the process started."""
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5")
 
 
 def warm_up() -> None:

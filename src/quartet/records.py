@@ -107,6 +107,8 @@ class Sequences:
     """`prompt_lengths` where the host knows them; a GPU is then not waited for."""
     responses: tuple[int, ...] | None = None
     """`response_lengths`, likewise."""
+    rows: tuple[int, ...] | None = None
+    """Where the sequences stand in their rollout, likewise."""
 
     def places(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Row and step of every response token that `mask` `[n, T]`, the response mask, selects: int64 `[k]` each."""

@@ -17,7 +17,7 @@ from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.phases import PHASES, RUNS
 from quartet.memory.simulator import Simulator
 from quartet.memory.skeleton import fake_roles, tensors_of
-from quartet.memory.trace import FakeTensors, MemoryTrace
+from quartet.memory.trace import LOGITS, FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
@@ -192,6 +192,43 @@ def test_gradients_of_the_microbatches_before_are_there(tiny_run: Any) -> None:
     assert held[0].peak < held[1].peak
 
 
+def test_a_gpu_is_planned_with_the_logits_of_more_tokens_at_once(hollow: Any) -> None:
+    """Scoring in bfloat16 holds a chunk's logits and two float32 tensors of that size: 10 bytes an element."""
+    sizes = {"vocab_size": 50000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values = hollow({**sizes, "num_attention_heads": 2}, **{"rollout.response_length": 300, "models.dtype": "bfloat16"})
+    config = parse_config(values)
+    known = estimator_for(config)
+    plan = plan_for(config.models, known.sft, known.reward)
+    workload, shapes = workload_of(config, 10), known.holdings.shapes(plan)
+    logits = {}
+    for name in ("cpu", "cuda"):
+        choices = replace(choices_of(config, torch.device(name)), batch_rows=4)
+        simulator = Simulator(known.sft, known.reward, workload)
+        logits[name] = simulator.working("scoring", plan, choices, shapes).held[LOGITS]
+    assert logits == {"cpu": 128 * 50000 * 10, "cuda": 4 * 300 * 50000 * 10}
+
+
+def test_a_gpu_is_planned_without_what_only_a_cpu_does(hollow: Any) -> None:
+    """Short attention by plain products, whose scores a GPU never holds."""
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = parse_config(hollow(sizes, **{"rollout.response_length": 30, "models.dtype": "bfloat16"}))
+    known = estimator_for(config)
+    plan = plan_for(config.models, known.sft, known.reward)
+    shapes, found = known.holdings.shapes(plan), {}
+    for name in ("cpu", "cuda"):
+        simulator = Simulator(known.sft, known.reward, workload_of(config, 10))
+        working = simulator.working("update", plan, choices_of(config, torch.device(name)), shapes)
+        found[name] = {str(product[0]) for product in working.products}
+    assert {"aten::baddbmm", "aten::bmm"} <= found["cpu"]
+    assert not {"aten::baddbmm", "aten::bmm"} & found["cuda"]
+
+
 @pytest.mark.parametrize(("engine", "own"), [("ddp", True), ("zero2", True), ("zero3", False), ("fsdp2", False)])
 def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run: Any, engine: str, own: bool) -> None:
     """As a run loads them: the update of a gated MLP then keeps the product of its gate."""
@@ -204,7 +241,7 @@ def test_engines_that_cut_weights_are_planned_with_the_libraries_layers(tiny_run
     assert (FastLinear in found) is own
 
 
-@pytest.mark.parametrize(("quantization", "twice"), [(None, True), ("4bit", False)])
+@pytest.mark.parametrize(("quantization", "twice"), [(None, True), ("8bit", False)])
 def test_the_rollout_holds_the_policys_adapter_twice(
     tiny_run: Any, monkeypatch: pytest.MonkeyPatch, quantization: str | None, twice: bool
 ) -> None:

@@ -72,6 +72,38 @@ def test_everything_else_goes_to_sdpa(case: str, monkeypatch: pytest.MonkeyPatch
     assert seen == [length]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_is_decoded_shares_keys_without_copies(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 with a copy of keys and values for each head."""
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    torch.manual_seed(0)
+    query, mask = torch.randn(3, 6, 1, 8).to(dtype), torch.zeros(3, 1, 1, 16, dtype=dtype)
+    key, value = torch.randn(2, 3, 2, 16, 8).to(dtype)
+    for row, columns in enumerate((16, 5, 1)):
+        mask[row, ..., columns:] = torch.finfo(dtype).min
+    with torch.no_grad():
+        found, weights = short_attention(layer(), query, key, value, mask, scaling=0.3)
+    each = [tensor.double().repeat_interleave(3, 1) for tensor in (key, value)]
+    expected = (query.double() @ each[0].mT * 0.3 + mask.double()).softmax(-1) @ each[1]
+    accuracy = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), rtol=accuracy, atol=accuracy)
+    assert weights is None
+
+
+@pytest.mark.parametrize("case", ["gradient", "mask a head", "bias", "a head each", "two tokens"])
+def test_other_steps_are_the_librarys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **__: ("theirs", None))
+    query = torch.randn(3, 6, 2 if case == "two tokens" else 1, 8)
+    key = torch.randn(3, 6 if case == "a head each" else 2, 16, 8)
+    mask = torch.zeros(3, 6 if case == "mask a head" else 1, 1, 16)
+    more: dict[str, Any] = {"position_bias": mask} if case == "bias" else {}
+    with torch.set_grad_enabled(case == "gradient"):
+        found: Any = short_attention(layer(), query, key, key, mask, **more)
+    assert found == ("theirs", None)
+
+
 def test_only_models_on_sdpa_are_touched() -> None:
     config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8)
     eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -220,3 +220,16 @@ def test_reward_adapter_may_leave_the_head_to_its_base(tiny_run: TinyRun, librar
     pipeline = Pipeline(tiny_run(**{"models.lora": {}, "models.reward": str(folder)}))
     base = load_file(library.path("llama", "reward") / "model.safetensors")
     assert torch.equal(pipeline.roles.reward.head.weight, base["score.weight"])
+
+
+@pytest.mark.parametrize(("device", "chunks"), [("cpu", [128, 22]), ("cuda", [150])])
+def test_a_gpu_computes_the_logits_of_more_tokens_at_once(device: str, chunks: list[int], tiny_run: TinyRun) -> None:
+    """Weights that say that they run there; here they do not leave the CPU."""
+    policy = Pipeline(tiny_run(**{"models.dtype": "float32"})).roles.policy
+    policy.backbone.weights.device = torch.device(device)
+    batch, mask = sequences([[5, 9, 30]], [list(range(3, 153))])
+    seen: list[int] = []
+    policy.backbone.model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    with torch.no_grad():
+        policy(batch, mask, temperature=1.0)
+    assert seen == chunks

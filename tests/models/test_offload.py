@@ -12,6 +12,7 @@ import torch
 from pipeline import Pipeline
 from quartet.config import parse_config
 from quartet.errors import ConfigError
+from quartet.models import page_locked
 from quartet.models.loading import count_bytes
 from quartet.models.offload import Offloaded, make_residency, refuse_unmovable, rests_on_host
 from quartet.models.plan import Role
@@ -25,9 +26,9 @@ PLANS = {
 }
 
 
-def offloaded(pipeline: Pipeline) -> Pipeline:
+def offloaded(pipeline: Pipeline, *, pin: bool = False) -> Pipeline:
     roles = pipeline.roles
-    residency = Offloaded(roles.plan, roles.backbones, torch.device("cpu"), pin=False)
+    residency = Offloaded(roles.plan, roles.backbones, torch.device("cpu"), pin=pin)
     pipeline.loaded = replace(pipeline.loaded, roles=replace(roles, residency=residency))
     return pipeline
 
@@ -51,6 +52,19 @@ def test_the_numbers_are_the_same(tiny_run: TinyRun, name: str) -> None:
         moved.roles.use("policy")
     weights = plain.trained()
     assert all(torch.equal(weights[key], value) for key, value in moved.trained().items())
+
+
+def test_weights_in_shared_blocks_give_the_same_numbers(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied embeddings are one tensor there too."""
+    monkeypatch.setattr(page_locked, "_block", lambda size: torch.zeros(size, dtype=torch.uint8))
+    plain, moved = Pipeline(tiny_run("gpt2")), offloaded(Pipeline(tiny_run("gpt2")), pin=True)
+    model = moved.roles.backbones["reference"].model
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) < len(list(model.parameters())) // 2
+    for _ in range(2):
+        (expected, _), (found, _) = plain.iterate(), moved.iterate()
+        assert torch.equal(found.scored.ref_logprobs, expected.scored.ref_logprobs)
+        assert torch.equal(found.scored.scores, expected.scored.scores)
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # type: ignore[union-attr]
 
 
 def test_only_what_a_role_needs_is_moved_in(tiny_run: TinyRun) -> None:

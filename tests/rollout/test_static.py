@@ -13,11 +13,14 @@ from transformers import (
 )
 
 from quartet.errors import ConfigError
+from quartet.models import attention
+from quartet.models.attention import use_own_attention
 from quartet.models.roles import LanguageView
 from quartet.rollout.choose import make_engine
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.sampling import sample
 from quartet.rollout.static import StaticEngine
+from questions import Questions
 from rollout_policies import (
     FAMILIES,
     LENGTHS,
@@ -45,6 +48,38 @@ def test_greedy_equals_transformers_generate(family: str) -> None:
             tokens[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert rollout.tokens[row].tolist() == alone[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-window", "qwen3"])
+def test_steps_of_grouped_heads_equal_the_librarys(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose attention copies keys and values for each head in some versions; ours is seen to be what a step runs."""
+    policy, prompts = make_policy(FAMILIES[family]()), make_prompts()
+    expected = StaticEngine(policy, settings()).generate(prompts, greedy=True)
+    use_own_attention(policy.backbone.model)
+    seen: list[tuple[int, bool]] = []
+    theirs = attention.sdpa_attention_forward
+
+    def noting(module: Any, query: torch.Tensor, *given: Any, **named: Any) -> Any:
+        seen.append((query.shape[2], given[2] is not None))
+        return theirs(module, query, *given, **named)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", noting)
+    found = StaticEngine(policy, settings()).generate(prompts, greedy=True)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-6, atol=1e-6)
+    assert (9, False) in seen  # a prompt
+    assert (1, True) not in seen
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_step_reads_which_rows_stopped_and_asks_nothing_else(greedy: bool) -> None:
+    """What is read has the same shape whatever is in it; where its shape depends on that, the host waits once more."""
+    policy = make_policy(FAMILIES["llama"]())
+    engine = StaticEngine(policy, with_stops(policy, greedy=greedy))
+    with Questions() as questions:
+        found = engine.generate(make_prompts(), greedy=greedy)
+    assert questions.seen == []
+    assert found.stopped.any()
 
 
 @pytest.mark.parametrize("greedy", [True, False])

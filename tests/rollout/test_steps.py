@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +44,9 @@ class Recorder:
                 kept.copy_(fresh)
 
         return play, (result[0], result[1])
+
+    def refusing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def recording(policy: LanguageView, **changes: Any) -> tuple[StaticEngine, list[Recorder]]:
@@ -85,6 +91,17 @@ def test_weights_of_now_are_used_in_every_rollout() -> None:
     assert [recorder.recorded > 0 for recorder in made] == [True, True, True]
 
 
+def test_what_was_run_in_one_rollout_is_recorded_at_once_in_the_next() -> None:
+    """Greedy steps and steps that draw run other operations: each kind is run once before it is recorded."""
+    engine, made = recording(make_policy(FAMILIES["llama"]()))
+    run_as_they_are = []
+    for greedy in (False, True, False, True):
+        found = engine.generate(make_prompts(), greedy=greedy)
+        run_as_they_are.append(found.decode_steps - made[-1].played)
+    assert all(count > 0 for count in run_as_they_are[:2])
+    assert run_as_they_are[2:] == [0, 0]
+
+
 def test_steps_that_cannot_be_recorded_or_differ_are_refused() -> None:
     policy = make_policy(FAMILIES["llama"]())
 
@@ -104,6 +121,126 @@ def test_steps_that_cannot_be_recorded_or_differ_are_refused() -> None:
         engine.record_with(Stale)
     found = engine.generate(make_prompts())
     assert torch.equal(found.tokens, StaticEngine(policy, settings()).generate(make_prompts()).tokens)
+
+
+def test_steps_that_draw_are_checked_too() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+
+    class StaleDraws(Recorder):
+        def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+            play, (tokens, logprobs) = super().__call__(work)
+            if self.recorded == 1:
+                return play, (tokens, logprobs)
+            return play, (tokens + 1, logprobs)
+
+    with pytest.raises(NotDrivable, match="draws other tokens"):
+        StaticEngine(policy, settings(top_p=0.9)).record_with(StaleDraws)
+
+
+def test_a_step_that_asks_is_refused_before_it_is_recorded() -> None:
+    """A recording that fails half-way would leave the GPU's allocator in a state of its own."""
+    policy = make_policy(FAMILIES["llama"]())
+    tried: list[bool] = []
+
+    class Refusing(Recorder):
+        def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+            tried.append(True)
+            return super().__call__(work)
+
+        @contextmanager
+        def refusing(self) -> Iterator[None]:
+            def asked(*_: Any) -> None:
+                raise RuntimeError("called a synchronizing CUDA operation")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "item", asked)
+                yield
+
+    layer = policy.backbone.model.model.layers[0]
+    handle = layer.register_forward_hook(lambda *_: torch.ones(()).item() and None)
+    with pytest.raises(NotDrivable, match="fails with RuntimeError: called a synchronizing CUDA operation"):
+        StaticEngine(policy, settings()).record_with(Refusing)
+    assert tried == []
+    handle.remove()
+    StaticEngine(policy, settings()).record_with(Refusing)
+    assert tried != []
+
+
+def test_a_recording_that_fails_later_is_told_and_the_rollout_goes_on() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    asked: list[int] = []
+
+    class FailsLater(Recorder):
+        def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+            asked.append(1)
+            if len(asked) > 3:  # two of the check, one of the rollout
+                raise RuntimeError("out of memory\nwhen capturing")
+            return super().__call__(work)
+
+    said: list[str] = []
+    engine = StaticEngine(policy, settings(batch_rows=6))
+    engine.record_with(FailsLater, said.append)
+    expected = StaticEngine(policy, settings(batch_rows=6)).generate(make_prompts())
+    for _ in range(2):
+        found = engine.generate(make_prompts())
+        assert torch.equal(found.tokens, expected.tokens)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    assert len(asked) == 4
+    reason = "recording a decoding step fails with RuntimeError: out of memory when capturing"
+    assert said == [f"rollout.cuda_graphs is off from here on: {reason}"]
+
+
+class Gpu:
+    """What `CudaRecorder` asks of torch, with a stream and an allocator that remember; its recordings fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.mode, self.pools = "own", 0, [(0, 7)]
+        self.modes: list[Any] = []
+        for name in ("graph", "stream", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.pools.remove(pool), raising=False)
+
+    @contextmanager
+    def _stream(self, stream: str) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def _graph(self, *_: Any, **__: Any) -> Iterator[None]:
+        self.stream = "recording"
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def _set_sync_debug_mode(self, mode: Any) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+        self.mode = mode
+        self.modes.append(mode)
+
+
+def test_a_recording_that_fails_leaves_stream_and_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaRecorder()(lambda: (torch.zeros(1), torch.zeros(1)))
+    assert (gpu.stream, gpu.pools) == ("own", [])
+
+
+def test_waiting_for_the_gpu_is_an_error_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    gpu.mode = 1
+    with suppress(ZeroDivisionError), CudaRecorder().refusing():
+        assert gpu.mode == "error"
+        print(1 / 0)
+    assert gpu.modes == ["error", 1]
 
 
 def test_nothing_is_recorded_on_the_cpu() -> None:

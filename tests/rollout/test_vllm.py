@@ -118,6 +118,15 @@ def test_on_a_gpu_it_sleeps_between_rollouts(
     assert len(set(salts)) == len(salts)
 
 
+def test_torch_gives_back_what_it_holds_before_vllm_wakes(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, prompts = _engine(tiny_run(**LORA))
+    monkeypatch.setattr(engine._runner, "_sleeps", True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: MADE[-1].calls.append("give back"))
+    engine.generate(prompts)
+    assert MADE[-1].calls[:2] == ["give back", "wake None"]
+
+
 def test_the_engine_is_started_for_the_run(tiny_run: TinyRun, library: Any) -> None:
     _engine(tiny_run(**LORA, **{"rollout.temperature": 0.5, "data.max_prompt_tokens": 20}))
     made = MADE[-1]

@@ -27,7 +27,7 @@ from quartet.models.linears import Weights, restore_linears, use_fast_linears
 from quartet.models.loading import _finish, _views
 from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import BackboneSpec, SharingPlan, Task
-from quartet.models.precision import tile_of
+from quartet.models.precision import chunk_tokens_of, planned_for, tile_of
 from quartet.models.residency import Residency
 from quartet.models.roles import Roles
 from quartet.records import Sequences
@@ -117,8 +117,9 @@ def fake_roles(
         score = ScalarHead(torch.empty(hidden_size(reward)), "score.weight")
         value = ScalarHead(torch.empty(hidden_size(sft if on_policy else reward)), "score.weight")
     score.requires_grad_(False)
+    device = torch.device(choices.device)
     for backbone in backbones.values():
-        backbone.tile = tile_of(torch.device(choices.device), dtype)
+        backbone.tile, backbone.chunk_tokens = tile_of(device, dtype), chunk_tokens_of(device)
     roles = _views(plan, backbones, score, value, Residency())
     for view in (roles.policy, roles.value):
         assume_packing(view.backbone, longest_packed(view.backbone))
@@ -200,7 +201,7 @@ def traced(roles: Roles, mode: FakeTensors, device: str) -> Iterator[MemoryTrace
     for view, role in zip(views, ("policy", "reference"), strict=True):
         view.head = _MarkedHead(view.head, trace, role, on_cpu=device == "cpu")
     try:
-        with mode.counted_by(trace):
+        with planned_for(device), mode.counted_by(trace):
             yield trace
     finally:
         labels.remove()

@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from quartet.models.layout import packed_now
+from quartet.models.precision import on_cpu
 
 NAME = "quartet"
 LONGEST = 256
@@ -24,7 +25,8 @@ LONGEST = 256
 
 def use_own_attention(model: PreTrainedModel) -> None:
     """Let the attention of a model that computes with `sdpa` know sequences side by side, and take plain matrix products where
-    they are faster: short causal sequences in bfloat16 on the CPU with gradients. All else goes on to `sdpa` unchanged."""
+    they are faster: short causal sequences in bfloat16 on the CPU with gradients. A decoding step is
+    `sdpa` without copies of keys; all else goes on to it unchanged."""
     if model.config._attn_implementation != "sdpa":
         return
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -104,6 +106,9 @@ def short_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T * scaling + causal mask) v.
 
+    In a decoding step, in which several heads share a key head, keys and values are not repeated for each, as older versions of
+    transformers do in every layer and step where there is a mask.
+
     Args:
         query: `[n, heads, L, d]`.
         key, value: `[n, key heads, L, d]`; each serves `heads / key heads` query heads.
@@ -115,7 +120,7 @@ def short_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
     plain = (
-        query.device.type == "cpu"
+        on_cpu(query)
         and _computed_in(query) == torch.bfloat16
         and torch.is_grad_enabled()
         and attention_mask is None
@@ -123,8 +128,11 @@ def short_attention(
         and not dropout
         and 1 < length <= LONGEST
         and key.shape[2] == length
-        and kwargs.get("position_bias") is None
+        and not _special(kwargs)
     )
+    if _one_token_for_grouped_heads(query, key, attention_mask) and not dropout and not _special(kwargs):
+        assert attention_mask is not None
+        return _grouped(query, key, value, attention_mask, scaling), None
     if not plain:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
@@ -141,6 +149,24 @@ def short_attention(
     weights = torch.baddbmm(future, grouped, key.transpose(1, 2), alpha=scale).softmax(-1)
     mixed = torch.bmm(weights, value)
     return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+def _special(given: dict[str, Any]) -> bool:
+    """Whether attention is asked for more than query, key, value and mask say."""
+    return any(given.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+
+
+def _one_token_for_grouped_heads(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    one_mask = mask is not None and mask.ndim == 4 and mask.shape[1] == 1
+    return query.shape[2] == 1 and key.shape[1] < query.shape[1] and one_mask and not torch.is_grad_enabled()
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """One token of each row, `[n, 1, heads, d]`: the query heads that share a key head stand where tokens would."""
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    mixed = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return mixed.reshape(rows, 1, heads, -1)
 
 
 def _computed_in(query: Tensor) -> torch.dtype:

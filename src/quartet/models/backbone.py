@@ -17,7 +17,7 @@ from quartet.models.attention import one_sequence_a_row
 from quartet.models.branch import Branch
 from quartet.models.layout import Layout, PackedLayout, packed_as, packed_now
 from quartet.models.plan import BackboneSpec
-from quartet.models.precision import autocast, tile_of
+from quartet.models.precision import autocast, chunk_tokens_of, tile_of
 from quartet.records import Sequences
 
 
@@ -73,6 +73,11 @@ class Backbone(nn.Module):
     def tile(self) -> int:
         """Rows of which products should have a multiple."""
         return tile_of(self.device, self.dtype)
+
+    @cached_property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once."""
+        return chunk_tokens_of(self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to the computation dtype."""

@@ -14,6 +14,7 @@ from quartet.models.gated import Activation, gated_down, multiplied, weights_of,
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.models.linears import Weights, add_low_rank, computed_in, has_onednn, low_rank_gradients, upright
+from quartet.models.precision import on_cpu
 
 BLOCK = 512
 """Intermediate features at once over frozen weights in float32: a block of a microbatch's tokens stays in the caches until
@@ -47,7 +48,7 @@ def _in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.down, layer.up) if t is not None]
     dtype = computed_in(states)
     return (
-        states.device.type == "cpu"
+        on_cpu(states)
         and all(tensor.device == states.device for tensor in tensors)
         and (torch.is_autocast_enabled("cpu") or all(tensor.dtype == dtype for tensor in tensors))
         and not (dtype == torch.float32 and any(has_onednn(layer.weight) for layer in layers))

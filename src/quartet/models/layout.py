@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quartet.models.transfer import to_device
 from quartet.records import Sequences
 
 CELLS = 8
@@ -49,7 +50,7 @@ class Places:
         in_long = np.flatnonzero(flat)
         filler = -len(in_long) % multiple
         found = (np.append(in_long, np.repeat(in_long[:1], filler)), in_short, np.flatnonzero(~flat))
-        long, short, missing = (torch.tensor(places).to(device, non_blocking=True) for places in found)
+        long, short, missing = (to_device(torch.tensor(places), device) for places in found)
         return Places(long, short, missing, filler)
 
     def shorten(self, rows: Tensor) -> Tensor:
@@ -174,10 +175,10 @@ class PackedLayout(Layout):
         cells = Places.of(real, device, multiple)
         none = np.zeros(cells.filler, dtype=np.int64)
         read = Places.of(np.append((column >= prompts[:, None] - 1)[real], none > 0), device, multiple)
-        positions = torch.tensor(np.append(column[real], none)).to(device, non_blocking=True)
-        last = torch.tensor((responses + 1).cumsum() - 1).to(device, non_blocking=True)
+        positions = to_device(torch.tensor(np.append(column[real], none)), device)
+        last = to_device(torch.tensor((responses + 1).cumsum() - 1), device)
         found = np.flatnonzero(real[:, :length])
-        tokens = torch.tensor(np.append(found, none)).to(device, non_blocking=True)
+        tokens = to_device(torch.tensor(np.append(found, none)), device)
         arguments = {
             "input_ids": ids.flatten().index_select(0, tokens).unsqueeze(0),
             "position_ids": positions.unsqueeze(0),

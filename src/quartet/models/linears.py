@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from quartet.models.converted import CONVERTED
 from quartet.models.embedding import FastEmbedding
 from quartet.models.gradients import IN_PLACE
+from quartet.models.precision import on_cpu
 
 SMALLEST_SIDE = 64
 """Features below which a call of oneDNN costs more than it saves."""
@@ -91,7 +92,7 @@ def _is_plain(weight: Tensor) -> bool:
 def has_onednn(weight: Tensor) -> bool:
     """Whether products with this weight are faster through oneDNN."""
     return (
-        weight.device.type == "cpu"
+        on_cpu(weight)
         and weight.dtype == torch.float32
         and min(weight.shape) >= SMALLEST_SIDE
         and _widest_vectors()

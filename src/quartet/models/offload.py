@@ -11,6 +11,7 @@ from quartet.config import ModelsConfig
 from quartet.errors import ConfigError
 from quartet.models.backbone import Backbone
 from quartet.models.mapped import Mapped, can_drop_pages
+from quartet.models.page_locked import page_locked_copies
 from quartet.models.plan import BackboneSpec, Role, SharingPlan
 from quartet.models.residency import Residency
 
@@ -45,7 +46,10 @@ class Offloaded(Residency):
             for parameter in backbone.model.parameters():
                 if not parameter.requires_grad and owners[_storage(parameter)] == {name}:
                     own.setdefault(_storage(parameter), []).append(parameter)
-            self._homes[name] = [(_at_home(tied[0].detach(), pin), tied) for tied in own.values()]
+            groups = list(own.values())
+            weights = [tied[0].detach() for tied in groups]
+            homes = page_locked_copies(weights) if pin else weights
+            self._homes[name] = list(zip(homes, groups, strict=True))
         self._inside = set(self._homes)
         self.use("policy")
 
@@ -122,10 +126,3 @@ def rests_on_host(spec: BackboneSpec) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _at_home(tensor: Tensor, pin: bool) -> Tensor:
-    if not pin:
-        return tensor
-    home = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    return home.copy_(tensor)

@@ -22,9 +22,6 @@ from quartet.models.residency import Residency
 from quartet.ops.logprobs import chunked_logprobs
 from quartet.records import Sequences
 
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once."""
-
 
 class LanguageView(nn.Module):
     """Policy or reference: log-probabilities of tokens under one adapter state of a backbone."""
@@ -103,7 +100,7 @@ class LanguageView(nn.Module):
             return linear_logprobs(hidden, linear, tokens, **wanted, entropy_grad=entropy_grad)
         if linear is not None and hidden.requires_grad and not (trained or entropy_grad):
             return frozen_logprobs(hidden, linear, tokens, **wanted)
-        wanted |= {"chunk_tokens": CHUNK_TOKENS, "head_trainable": trained, "entropy_grad": entropy_grad}
+        wanted |= {"chunk_tokens": self.backbone.chunk_tokens, "head_trainable": trained, "entropy_grad": entropy_grad}
         return chunked_logprobs(hidden, self.head, tokens, **wanted)
 
     def _linear_head(self) -> Weights | None:

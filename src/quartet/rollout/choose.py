@@ -50,7 +50,7 @@ def make_engine(
         return DynamicEngine(policy, settings)
     if cuda_graphs and policy.backbone.device.type == "cuda":
         try:
-            engine.record_with(CudaRecorder)
+            engine.record_with(CudaRecorder, say)
         except NotDrivable as reason:
             say(f"rollout.cuda_graphs is off for {type(policy.backbone.model).__name__}: {reason}")
     return engine

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quartet.distributed import is_share
 from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
+from quartet.models.precision import on_cpu
 
 _SMALLEST_SIDE = 64
 """Below, as in a LoRA matrix, the call costs more than the product."""
@@ -63,7 +64,7 @@ def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor],
     weight = module.weight
     if not _is_here(weight):
         return None
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or min(weight.shape) < _SMALLEST_SIDE:
+    if not on_cpu(weight) or weight.dtype != torch.float32 or min(weight.shape) < _SMALLEST_SIDE:
         return None
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None

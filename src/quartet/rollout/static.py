@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from quartet.models.roles import LanguageView
+from quartet.models.transfer import to_device
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
 from quartet.rollout.sampling import episode_uniforms
 from quartet.rollout.static_cache import RowCache
 from quartet.rollout.static_decoder import Decoder, check, generating
-from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Steps, check_recording
+from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Shape, Steps, check_recording, not_recorded
 
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one forward pass over prompts."""
@@ -80,19 +81,28 @@ class StaticEngine:
         self._settings = settings
         self._decoder = Decoder(policy)
         self._recorder: Callable[[], Recorder] | None = None
+        self._say: Callable[[str], None] = print
+        self._seen: set[Shape] = set()
         with generating(policy):
             check(self._decoder, policy)
 
-    def record_with(self, recorder: Callable[[], Recorder]) -> None:
-        """Record decoding steps and play them back; what `recorder` gives serves one rollout, since weights may lie
-        elsewhere in the next.
+    def record_with(self, recorder: Callable[[], Recorder], say: Callable[[str], None] = print) -> None:
+        """Record decoding steps and play them back.
+
+        Args:
+            recorder: what it gives serves one rollout, since weights may lie elsewhere in the next.
+            say: told in one line if a step cannot be recorded later on; from then on all are run as they are.
 
         Raises:
             NotDrivable: a step of this model cannot be recorded, or gives something else when it is played back.
         """
         with torch.no_grad(), generating(self._policy):
             check_recording(self._decoder, self._policy, self._settings, recorder())
-        self._recorder = recorder
+        self._recorder, self._say = recorder, say
+
+    def _stop_recording(self, error: Exception) -> None:
+        self._recorder = None
+        self._say(f"rollout.cuda_graphs is off from here on: {not_recorded(error)}")
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, *, greedy: bool = False) -> Rollout:
@@ -128,7 +138,8 @@ class StaticEngine:
         rows = self._empty_rows(size, max(lengths) + self._settings.response_length)
         steps = Steps(self._decoder, self._policy.head, self._settings, rows.cache)
         if self._recorder is not None:
-            steps = RecordedSteps(steps, rows.cache, self._policy.backbone.device, self._recorder())
+            device, recorder = self._policy.backbone.device, self._recorder()
+            steps = RecordedSteps(steps, rows.cache, device, recorder, seen=self._seen, on_failure=self._stop_recording)
         while waiting or rows.live:
             free = size - rows.live
             if waiting and (not rows.live or free >= max(1, size // REFILL_SHARE)):
@@ -153,11 +164,12 @@ class StaticEngine:
         """Prefill waiting prompts into the slots after the live ones and sample their first tokens."""
         device = rows.token.device
         texts = [prompts.tokens[row] for row in chosen]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._settings.pad_id).to(device)
-        lengths = torch.tensor([len(text) for text in texts], device=device)
+        host = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._settings.pad_id)
+        ids = to_device(host, device)
+        lengths = to_device(torch.tensor([len(text) for text in texts]), device)
         slots = slice(rows.live, rows.live + len(chosen))
         hidden = self._decoder.prefill(rows.cache, slots.start, ids, lengths)
-        rows.episode[slots] = torch.tensor(chosen, device=device)
+        rows.episode[slots] = to_device(torch.tensor(chosen), device)
         rows.position[slots] = lengths
         rows.step[slots] = 0
         rows.born += [rows.clock] * len(chosen)
@@ -180,7 +192,8 @@ class StaticEngine:
         rows.step[slots] += 1
         done = {slot for slot in range(slots.start, slots.stop) if self._is_full(rows, slot)}
         if settings.stop_id is not None:  # the one question to the device in a step
-            done.update(slots.start + place for place in (tokens == settings.stop_id).nonzero().flatten().tolist())
+            stopped: list[bool] = (tokens == settings.stop_id).tolist()
+            done.update(slots.start + place for place, stops in enumerate(stopped) if stops)
         if done:
             _release(rows, done)
 
@@ -195,7 +208,7 @@ def _release(rows: _Rows, done: set[int]) -> None:
     movers = [slot for slot in range(left, rows.live) if slot not in done]
     if holes:
         columns = rows.clock + max(rows.prompt[slot] - rows.born[slot] for slot in movers)
-        target, source = torch.tensor([holes, movers], device=rows.token.device)
+        target, source = to_device(torch.tensor([holes, movers]), rows.token.device)
         rows.cache.move(source, target, columns)
         for state in (rows.episode, rows.position, rows.step, rows.token):
             state[target] = state[source]

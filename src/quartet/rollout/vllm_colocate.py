@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from quartet.errors import RolloutError
 from quartet.models.roles import LanguageView
 from quartet.rollout.engine import SamplingSettings
@@ -87,6 +89,8 @@ class Colocated:
 
     def _wake(self, tags: list[str] | None) -> None:
         if self._sleeps:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # what torch keeps for later is not there for vLLM
             self._llm.wake_up(tags=tags)
 
 

@@ -164,8 +164,26 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         index, _, name = key.partition(".")
         whole_number = value.ndim == 0 and value.dtype == torch.int64
         state.setdefault(int(index), {})[name] = int(value) if whole_number else value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    whole = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    if getattr(optimizer, "is_paged", False):
+        _load_paged(optimizer, whole)
+    else:
+        optimizer.load_state_dict(whole)
+
+
+def _load_paged(optimizer: Any, whole: dict[str, Any]) -> None:
+    """bitsandbytes would load all state into plain memory of the GPU, which paging is there to save: what it pages, its own
+    `get_state_buffer` knows."""
+    optimizer.load_state_dict(whole, move_to_device=False)
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if not isinstance(value, Tensor):
+                continue
+            entry[name] = value.to(parameter.device)
+            if name in ("state1", "state2"):
+                buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                if getattr(buffer, "is_paged", False):
+                    entry[name] = buffer.copy_(value)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quartet.models.transfer import to_device
 from quartet.records import Rollout, Sequences
 
 CPU_ROWS = 8
@@ -74,7 +75,7 @@ class SequenceTable:
 
     def on_device(self, rows: list[int]) -> Tensor:
         """Row numbers int64 `[n]`; the host does not wait until they are there."""
-        return torch.tensor(rows).to(self.input_ids.device, non_blocking=True)
+        return to_device(torch.tensor(rows), self.input_ids.device)
 
     def rows(self, rows: list[int]) -> tuple[Tensor, Sequences]:
         """Row numbers int64 `[n]` and their sequences, trimmed to the longest of them."""
@@ -85,6 +86,7 @@ class SequenceTable:
             self.response_lengths[places],
             prompts=tuple(self.prompts[row] for row in rows),
             responses=tuple(self.responses[row] for row in rows),
+            rows=tuple(rows),
         )
         return places, sequences
 

@@ -51,7 +51,7 @@ def score_rollout(
 
     def batches() -> Iterator[tuple[Tensor, Sequences]]:
         for chosen, plain in microbatches(table, range(len(mask)), rows):
-            yield chosen, with_trunks(plain, trunks, chosen)
+            yield chosen, with_trunks(plain, trunks)
 
     # Role by role, so that only one role's weights need to be on the device.
     roles.use("reference")
@@ -79,8 +79,8 @@ def _trunks(table: SequenceTable, roles: Roles, rows: int) -> dict[str, tuple[Te
     """States after the frozen layers, for both roles of each pair and for the epochs of the update."""
     kept = TrunkStates(len(table))
     roles.use("policy", "value")
-    for chosen, plain in microbatches(table, range(len(table)), rows):
-        kept.keep(chosen, table.length, roles.trunk_states(plain))
+    for _, plain in microbatches(table, range(len(table)), rows):
+        kept.keep(plain, table.length, roles.trunk_states(plain))
     return kept.rows()
 
 

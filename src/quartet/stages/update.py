@@ -201,7 +201,7 @@ class Updater:
         trunks = known if passing.trunk == ALL else {name: known[name] for name in known if name == passing.trunk}
         for number, (part, plain) in enumerate(batches, start=1):
             self._lanes.go_on()
-            loss = passing.losses(part, with_trunks(plain, trunks, part), sums)
+            loss = passing.losses(part, with_trunks(plain, trunks), sums)
             self._engine.backward(loss.sum(), last=last and number == len(batches))
             losses.append(loss.detach())
             # Some layers keep tensors for as long as their graph lives: it must not live into the next forward.
