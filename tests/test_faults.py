@@ -25,7 +25,7 @@ from quartet.run.checkpoint_folder import list_checkpoints
 from quartet.run.metrics import read_metrics
 from quartet.run.session import Session
 from quartet.trainer import resume, train
-from tiny import TinyRun, changed
+from tiny import TinyRun, as_if_started_with, changed
 
 CLOCKS = ("time/", "memory/")
 FUNCTION = {"function": "rewards_for_tests:flaky"}
@@ -104,8 +104,7 @@ def test_resuming_asks_before_it_uses_what_config_yaml_names(
     change: dict[str, Any], named: str, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is imported or sent before."""
-    edited = changed(yaml.safe_load((whole / "config.yaml").read_text()), change)
-    (whole / "config.yaml").write_text(yaml.safe_dump(edited))
+    as_if_started_with(whole, change)
     monkeypatch.setattr("quartet.run.session.read_inputs", lambda *_, **__: pytest.fail("went on"))
     with pytest.raises(ConfigError, match=rf"names {named}.*add --trust"):
         resume(whole)

@@ -48,6 +48,7 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
     Raises:
         CheckpointError: no run there, none of its checkpoints is whole, the one to start from is damaged, or the checkpoints
             or prompts that the run was started with have changed.
+        ConfigError: its config.yaml was edited where that makes it another run.
         QuartetError, Interrupted: as `train`.
     """
     folder = RunFolder(run)

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quartet.errors import CheckpointError
 from quartet.models.base_comparison import digest_of
 from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
 from quartet.records import Prompts
+from quartet.run.folder import CONFIGURATION
 from quartet.run.setup import Inputs
 
 
@@ -42,18 +44,29 @@ def refuse_changed(file: Path, now: Mapping[str, str], *, whole: bool = True) ->
     Raises:
         CheckpointError: names the first input that differs.
     """
-    try:
-        before = json.loads(file.read_text("utf-8"))
-        assert isinstance(before, dict)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; restore it from a copy") from None
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
+    before = read_inputs_file(file)
+    before.pop(CONFIGURATION, None)  # compared key by key (`edited.py`)
     for key in sorted(before.keys() | now.keys() if whole else now.keys()):
         if before.get(key) != now.get(key):
             raise CheckpointError(
                 f"{key} is not what this run was started with (its content differs from {file}); restore it, or start a new run"
             )
+
+
+def read_inputs_file(file: Path) -> dict[str, Any]:
+    """What a run wrote when it started.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        assert isinstance(content, dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; restore it from a copy") from None
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
+    return content
 
 
 def _checkpoint(info: CheckpointInfo) -> str:

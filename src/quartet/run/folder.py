@@ -19,6 +19,8 @@ from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
+CONFIGURATION = "configuration"
+"""Entry of inputs.json: the configuration that the run was started with."""
 
 
 class RunFolder:
@@ -51,7 +53,8 @@ class RunFolder:
             raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
 
     def create(self, config: Config, plan: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with, as fingerprints).
+        """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with: fingerprints, and the
+        configuration).
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -60,8 +63,9 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True)
             self.write_plan(plan)
-            write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
-            write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
+            resolved = _resolved(config)
+            write_atomically(self.inputs, json.dumps(inputs | {CONFIGURATION: resolved}, indent=2) + "\n")
+            write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
             raise ConfigError(
                 f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"

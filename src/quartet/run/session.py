@@ -14,7 +14,8 @@ from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
-from quartet.run.checkpoint_folder import choose_checkpoint
+from quartet.run.checkpoint_folder import choose_checkpoint, step_of
+from quartet.run.edited import refuse_edited, refuse_fewer_iterations
 from quartet.run.fingerprint import fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
@@ -99,13 +100,14 @@ class Session:
         Raises:
             CheckpointError: none of its checkpoints is whole, the one to start from is damaged, or what the run was started
                 with has changed.
-            ConfigError: its config.yaml names code and `trust` is off.
+            ConfigError: its config.yaml names code and `trust` is off, or was edited where that makes it another run.
         """
         chosen = engine.agree(
             lambda: choose_checkpoint(folder.checkpoints, start) if start or not folder.stopped_early(config) else None
         )
         if not trust:
             engine.agree(lambda: refuse_untrusted(config, folder.path))
+        engine.agree(lambda: refuse_edited(folder.inputs, config) if engine.first_here else None)
         inputs = engine.agree(lambda: read_inputs(config, progress.say, cut=engine.cuts_weights))
         # One process of each machine compares what that machine has.
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
@@ -114,6 +116,8 @@ class Session:
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
+            done = step_of(chosen)
+            engine.agree(lambda: refuse_fewer_iterations(config, done))
             session.state = session._store.load(chosen.name)
         if session._store.keep_samples(session.state.iteration):
             session._evaluated = session.state.iteration
