@@ -70,7 +70,8 @@ def test_a_reward_source_that_fails_leaves_a_checkpoint_to_go_on_from(
         monkeypatch.setattr(rewards_for_tests, "calls_left", calls)
         shutil.rmtree(run, ignore_errors=True)
         with pytest.raises(
-            RewardError, match=rf"flaky raised .*gone.* go on from step-00000{expected} with: quartet resume"
+            RewardError,
+            match=rf"flaky raised .*gone.* go on from step-00000{expected} with: quartet resume \S+ --trust$",
         ):
             train(values)
         assert steps(run) == [expected]
@@ -87,8 +88,13 @@ def test_an_endpoint_that_answers_500_is_quoted(values: dict[str, Any], monkeypa
 
     monkeypatch.setattr(endpoint.Endpoint, "_send", refuse)
     monkeypatch.setattr(endpoint, "_FIRST_PAUSE", 0.0)
-    with pytest.raises(RewardError, match=r"failed 4 times, at last because it answered status 500 with 'out of GPUs'"):
+    with pytest.raises(
+        RewardError, match=r"failed 4 times, at last because it answered status 500 with 'out of GPUs'"
+    ) as caught:
         train(changed(values, {"rewards": [{"url": "http://127.0.0.1:9/score"}]}))
+    run = Path(values["run"]["dir"])
+    said = f"another url or timeout goes into {run / 'config.yaml'}, go on from step-000000 with: quartet resume {run} --trust"
+    assert str(caught.value).endswith(said)
     assert steps(Path(values["run"]["dir"])) == [0]
 
 

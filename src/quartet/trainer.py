@@ -91,7 +91,7 @@ def _run(session: Session) -> Path:
                 _leave_if(asked, session)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped at once; go on from the newest checkpoint with: quartet resume {session.folder.path}"
+                f"stopped at once; go on from the newest checkpoint with: {session.resume_command}"
             ) from None
     session.export()
     return session.folder.path
@@ -123,6 +123,4 @@ def _iteration(session: Session, updater: Updater) -> dict[str, float]:
 
 def _leave_if(asked: bool, session: Session) -> None:
     if asked and session.state.iteration < session.config.ppo.iterations:
-        raise Interrupted(
-            f"stopped after iteration {session.state.iteration}; go on with: quartet resume {session.folder.path}"
-        )
+        raise Interrupted(f"stopped after iteration {session.state.iteration}; go on with: {session.resume_command}")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
-from quartet.errors import CheckpointError, QuartetError, TrainingError
+from quartet.errors import CheckpointError, QuartetError, RewardError, TrainingError
 from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.run.advice import Adviser
@@ -17,12 +17,12 @@ from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint, step_of
 from quartet.run.edited import refuse_edited, refuse_fewer_iterations
 from quartet.run.fingerprint import fingerprints, refuse_changed
-from quartet.run.folder import RunFolder
+from quartet.run.folder import CONFIG_FILE, RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
 from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, read_inputs, score_with
 from quartet.run.store import Store
-from quartet.run.trust import refuse_untrusted
+from quartet.run.trust import refuse_untrusted, resume_command
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 
@@ -232,7 +232,14 @@ class Session:
             return f"; and {another}"
         newest = self._store.newest()
         kept = f"; the weights as they were before are in {self.folder.path}"
-        return f"{kept}, go on from {newest} with: quartet resume {self.folder.path}" if newest else kept
+        if isinstance(error, RewardError) and any(entry.url is not None for entry in self.config.rewards):
+            kept += f"; another url or timeout goes into {self.folder.path / CONFIG_FILE}"
+        return f"{kept}, go on from {newest} with: {self.resume_command}" if newest else kept
+
+    @property
+    def resume_command(self) -> str:
+        """What continues the run."""
+        return resume_command(self.config, self.folder.path)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
