@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet import __version__
-from quartet.errors import QuartetError, printable, shown
+from quartet.errors import QuartetError, cause_of, printable, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,11 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         result: int = options.command(options)
+        sys.stdout.flush()
     except QuartetError as error:
         print(f"quartet{_rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except PermissionError as error:
         print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not _output_failed():
+            raise
+        if isinstance(error, BrokenPipeError):
+            return 0  # the reader has what it wanted, such as `head`
+        print(
+            f"quartet{_rank()}: standard output cannot be written ({cause_of(error)}); free some space", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)
@@ -40,6 +50,18 @@ def command() -> int:
     code = main()
     gc.freeze()
     return code
+
+
+def _output_failed() -> bool:
+    """Whether standard output cannot be written any more; it then leads nowhere, so that nothing more is said of it."""
+    try:
+        print(flush=True)  # something to fail with: what was not written before is dropped
+    except OSError:
+        from quartet.run.progress import drop_output
+
+        drop_output()
+        return True
+    return False
 
 
 def _rank() -> str:
