@@ -22,6 +22,7 @@ from quartet.ops.losses import clipped_policy_loss
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.static import StaticEngine
 from quartet.run.checkpoint_folder import list_checkpoints
+from quartet.run.folder import RunFolder
 from quartet.run.metrics import read_metrics
 from quartet.run.session import Session
 from quartet.trainer import resume, train
@@ -271,6 +272,27 @@ def test_a_full_disk_in_between_is_said(
     assert [record["iteration"] for record in read_metrics(resume(run) / "metrics.jsonl")] == [1, 2, 3]
     if writer == "metrics":
         assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("file", ["plan.json", "inputs.json", "config.yaml"])
+def test_a_disk_that_is_full_when_the_run_folder_is_made(
+    file: str, exists: bool, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stream: Any) -> None:
+        if file in stream.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = RunFolder(tmp_path / "made")
+    if exists:
+        folder.path.mkdir()
+    monkeypatch.setattr("quartet.run.folder.put_on_disk", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left"):
+        folder.create(parse_config(values), {}, {})
+    monkeypatch.undo()
+    assert folder.path.exists() == exists
+    assert not exists or list(folder.path.iterdir()) == []
+    folder.create(parse_config(values), {}, {})
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl", "plan.json"])

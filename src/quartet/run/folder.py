@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,9 +57,10 @@ class RunFolder:
         configuration).
 
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder cannot be written; it is then as it was.
         """
         self.refuse_used()
+        new = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True)
             self.write_plan(plan)
@@ -67,8 +68,14 @@ class RunFolder:
             write_atomically(self.inputs, json.dumps(inputs | {CONFIGURATION: resolved}, indent=2) + "\n")
             write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
+            with suppress(OSError):  # a part of a run would block the next try
+                for path in (self.path / CONFIG_FILE, self.inputs, self.plan):
+                    path.unlink(missing_ok=True)
+                self.checkpoints.rmdir()
+                if new:
+                    self.path.rmdir()
             raise ConfigError(
-                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"
+                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); free some space or name another folder"
             ) from error
 
     def stopped_early(self, config: Config) -> bool:
@@ -129,10 +136,14 @@ def put_on_disk(stream: IO[Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        put_on_disk(stream)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            put_on_disk(stream)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _header() -> str:
