@@ -306,6 +306,33 @@ def test_usage_mistakes_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.startswith("usage: quartet")
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_overrides_may_stand_anywhere_after_the_file(
+    command: str, tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_run()))
+    capsys.readouterr()  # what writing the checkpoints said
+    option = ["--force"] if command == "train" else ["--memory", "24GiB"]
+    given = [command, str(config), "ppo.epochs=1", *option, "ppo.minibatches=4", "ppo.minibatches=3"]
+    assert "rollout.batch_size=4 is not divisible by ppo.minibatches=3" in sentence(main(given), capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "x.yaml", "--json", "stray"], "unrecognized arguments: stray"),
+        (["plan", "x.yaml", "a=1", "--jsn", "b=2"], "unrecognized arguments: --jsn b=2"),
+        (["report", "run", "a=1"], "unrecognized arguments: a=1"),
+        (["train"], "the following arguments are required: config\n"),
+    ],
+)
+def test_arguments_that_mean_nothing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from quartet import __version__
 

@@ -22,10 +22,11 @@ from quartet.ops.losses import clipped_policy_loss
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.static import StaticEngine
 from quartet.run.checkpoint_folder import list_checkpoints
+from quartet.run.folder import RunFolder
 from quartet.run.metrics import read_metrics
 from quartet.run.session import Session
 from quartet.trainer import resume, train
-from tiny import TinyRun, changed
+from tiny import TinyRun, as_if_started_with, changed
 
 CLOCKS = ("time/", "memory/")
 FUNCTION = {"function": "rewards_for_tests:flaky"}
@@ -70,7 +71,8 @@ def test_a_reward_source_that_fails_leaves_a_checkpoint_to_go_on_from(
         monkeypatch.setattr(rewards_for_tests, "calls_left", calls)
         shutil.rmtree(run, ignore_errors=True)
         with pytest.raises(
-            RewardError, match=rf"flaky raised .*gone.* go on from step-00000{expected} with: quartet resume"
+            RewardError,
+            match=rf"flaky raised .*gone.* go on from step-00000{expected} with: quartet resume \S+ --trust$",
         ):
             train(values)
         assert steps(run) == [expected]
@@ -87,8 +89,13 @@ def test_an_endpoint_that_answers_500_is_quoted(values: dict[str, Any], monkeypa
 
     monkeypatch.setattr(endpoint.Endpoint, "_send", refuse)
     monkeypatch.setattr(endpoint, "_FIRST_PAUSE", 0.0)
-    with pytest.raises(RewardError, match=r"failed 4 times, at last because it answered status 500 with 'out of GPUs'"):
+    with pytest.raises(
+        RewardError, match=r"failed 4 times, at last because it answered status 500 with 'out of GPUs'"
+    ) as caught:
         train(changed(values, {"rewards": [{"url": "http://127.0.0.1:9/score"}]}))
+    run = Path(values["run"]["dir"])
+    said = f"another url or timeout goes into {run / 'config.yaml'}, go on from step-000000 with: quartet resume {run} --trust"
+    assert str(caught.value).endswith(said)
     assert steps(Path(values["run"]["dir"])) == [0]
 
 
@@ -104,8 +111,7 @@ def test_resuming_asks_before_it_uses_what_config_yaml_names(
     change: dict[str, Any], named: str, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is imported or sent before."""
-    edited = changed(yaml.safe_load((whole / "config.yaml").read_text()), change)
-    (whole / "config.yaml").write_text(yaml.safe_dump(edited))
+    as_if_started_with(whole, change)
     monkeypatch.setattr("quartet.run.session.read_inputs", lambda *_, **__: pytest.fail("went on"))
     with pytest.raises(ConfigError, match=rf"names {named}.*add --trust"):
         resume(whole)
@@ -266,6 +272,27 @@ def test_a_full_disk_in_between_is_said(
     assert [record["iteration"] for record in read_metrics(resume(run) / "metrics.jsonl")] == [1, 2, 3]
     if writer == "metrics":
         assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("file", ["plan.json", "inputs.json", "config.yaml"])
+def test_a_disk_that_is_full_when_the_run_folder_is_made(
+    file: str, exists: bool, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stream: Any) -> None:
+        if file in stream.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = RunFolder(tmp_path / "made")
+    if exists:
+        folder.path.mkdir()
+    monkeypatch.setattr("quartet.run.folder.put_on_disk", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left"):
+        folder.create(parse_config(values), {}, {})
+    monkeypatch.undo()
+    assert folder.path.exists() == exists
+    assert not exists or list(folder.path.iterdir()) == []
+    folder.create(parse_config(values), {}, {})
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl", "plan.json"])

@@ -23,7 +23,7 @@ from quartet.config import parse_config
 from quartet.errors import CheckpointError
 from quartet.models.pickled import open_checkpoint
 from quartet.trainer import train
-from tiny import TinyRun, changed
+from tiny import TinyRun, as_if_started_with, changed
 
 ROOT = Path(quartet.__file__).parent
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -181,8 +181,7 @@ def test_reward_functions_are_imported_only_from_the_users_own_configuration(
     (tmp_path / "harm.py").write_text(
         f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef score(p, r): return [0.0] * len(r)\n"
     )
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump(changed(values, {"rewards": [{"function": "harm:score"}]})))
+    as_if_started_with(run, {"rewards": [{"function": "harm:score"}]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     capsys.readouterr()

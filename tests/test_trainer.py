@@ -22,7 +22,7 @@ from quartet.memory.skeleton import PlannedSequences
 from quartet.models.roles import ScalarView
 from quartet.run.progress import Progress
 from quartet.trainer import resume, train
-from tiny import TinyRun, changed
+from tiny import TinyRun, as_if_started_with, changed
 
 METRICS = {
     *("iteration", "episodes", "reward/score", "reward/total", "kl/reference", "kl/update", "policy/loss"),
@@ -266,9 +266,7 @@ def test_half_written_checkpoint_is_passed_over(finished: Path) -> None:
 
 def test_resuming_with_other_weights_is_refused(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(**LORA))
-    values = yaml.safe_load((folder / "config.yaml").read_text())
-    values["models"]["lora"]["r"] = 6
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    as_if_started_with(folder, {"models.lora.r": 6})
     with pytest.raises(CheckpointError, match="holds other weights than this run's configuration trains"):
         resume(folder)
 

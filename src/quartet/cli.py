@@ -15,19 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from quartet import __version__
-from quartet.errors import QuartetError, printable, shown
+from quartet.errors import QuartetError, cause_of, printable, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 the user's mistake, 130 interrupted)."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         result: int = options.command(options)
+        sys.stdout.flush()
     except QuartetError as error:
         print(f"quartet{_rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except PermissionError as error:
         print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not _output_failed():
+            raise
+        if isinstance(error, BrokenPipeError):
+            return 0  # the reader has what it wanted, such as `head`
+        print(
+            f"quartet{_rank()}: standard output cannot be written ({cause_of(error)}); free some space", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"quartet{_rank()}: interrupted", file=sys.stderr)
@@ -40,6 +50,30 @@ def command() -> int:
     code = main()
     gc.freeze()
     return code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand after options, where argparse takes no more of them."""
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    later = [item for item in left if "=" in item and not item.startswith("-")]
+    if left != later or (left and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if later:
+        options.overrides = [*options.overrides, *later]
+    return options
+
+
+def _output_failed() -> bool:
+    """Whether standard output cannot be written any more; it then leads nowhere, so that nothing more is said of it."""
+    try:
+        print(flush=True)  # something to fail with: what was not written before is dropped
+    except OSError:
+        from quartet.run.progress import drop_output
+
+        drop_output()
+        return True
+    return False
 
 
 def _rank() -> str:
@@ -55,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run PPO from a YAML file")
     train.add_argument("config", help="the YAML file")
-    train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
+    train.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="override single keys")
     train.add_argument("--force", action="store_true", help="run even if it is predicted not to fit into memory")
     train.set_defaults(command=_train)
     plan = commands.add_parser("plan", help="predict the memory of a configuration before anything is loaded")
     plan.add_argument("config", help="the YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override single keys")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="override single keys")
     plan.add_argument("--memory", metavar="SIZE", help="find the cheapest change that fits, such as 24GiB or 80g")
     plan.add_argument("--processes", type=_positive, default=1, metavar="N", help="processes that share the work")
     plan.add_argument("--engine", choices=("ddp", "zero2", "zero3", "fsdp2"), help="how they share it")

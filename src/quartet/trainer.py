@@ -50,6 +50,7 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
     Raises:
         CheckpointError: no run there, another process still writes it, none of its checkpoints is whole, the one to start from
             is damaged, or the checkpoints or prompts that the run was started with have changed.
+        ConfigError: its config.yaml was edited where that makes it another run.
         QuartetError, Interrupted: as `train`.
     """
     folder = RunFolder(run)
@@ -92,7 +93,7 @@ def _run(session: Session) -> Path:
                 _leave_if(asked, session)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped at once; go on from the newest checkpoint with: quartet resume {session.folder.path}"
+                f"stopped at once; go on from the newest checkpoint with: {session.resume_command}"
             ) from None
     session.export()
     return session.folder.path
@@ -124,6 +125,4 @@ def _iteration(session: Session, updater: Updater) -> dict[str, float]:
 
 def _leave_if(asked: bool, session: Session) -> None:
     if asked and session.state.iteration < session.config.ppo.iterations:
-        raise Interrupted(
-            f"stopped after iteration {session.state.iteration}; go on with: quartet resume {session.folder.path}"
-        )
+        raise Interrupted(f"stopped after iteration {session.state.iteration}; go on with: {session.resume_command}")

@@ -2,12 +2,17 @@
 
 import io
 import math
+import os
 import re
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
+from quartet.cli import main
 from quartet.run.progress import Progress
 
 RECORD = {
@@ -84,3 +89,41 @@ def test_cursor_comes_back_after_an_error() -> None:
     with pytest.raises(KeyError), progress:
         raise KeyError
     assert "\x1b[?25h" in file.getvalue()
+
+
+@contextmanager
+def unwritable(kind: str) -> Iterator[None]:
+    """Standard output is a pipe that nobody reads any more, or a file on a full disk. Leaving flushes it, as Python does."""
+    if kind == "closed":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(writer, "w") as stream:
+        patch.setattr(sys, "stdout", stream)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["closed", "full"])
+def test_a_display_that_nobody_can_see_goes_quiet(kind: str) -> None:
+    with unwritable(kind):
+        with Progress() as progress:
+            progress.start(10, "title")
+            progress.stage("rollout")
+            progress.iteration(RECORD)
+            progress.show("table")
+            progress.say("a note")
+        print("policy: run/policy", flush=True)
+
+
+@pytest.mark.parametrize("kind", ["closed", "full"])
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_a_command_whose_output_nobody_reads_says_nothing(
+    length: int, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`quartet eval RUN | head`; a long text fails while it is written, a short one when it is flushed."""
+    monkeypatch.setattr("quartet.cli._report", lambda _: print("x" * length))
+    with unwritable(kind):
+        code = main(["report", "run"])
+    full = "quartet: standard output cannot be written (No space left on device); free some space\n"
+    assert (code, capsys.readouterr().err) == ((0, "") if kind == "closed" else (2, full))

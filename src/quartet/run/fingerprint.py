@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quartet.errors import CheckpointError, ConfigError
 from quartet.models.base_comparison import digest_of
 from quartet.models.checkpoint_info import CheckpointInfo, TensorInfo
 from quartet.records import Prompts
+from quartet.run.folder import CONFIGURATION
 from quartet.run.setup import Inputs
 
 
@@ -42,13 +44,8 @@ def refuse_changed(file: Path, now: Mapping[str, str], *, whole: bool = True) ->
     Raises:
         CheckpointError: names the first input that differs.
     """
-    try:
-        before = json.loads(file.read_text("utf-8"))
-        assert isinstance(before, dict)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; restore it from a copy") from None
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
+    before = read_inputs_file(file)
+    before.pop(CONFIGURATION, None)  # compared key by key (`edited.py`)
     for key in sorted(before.keys() | now.keys() if whole else now.keys()):
         if before.get(key) != now.get(key):
             raise CheckpointError(
@@ -72,6 +69,22 @@ def refuse_different(everyone: Sequence[Mapping[str, str]]) -> None:
                     f"{key} has other content on the machine of process {rank} than on that of process 0; give all machines "
                     "the same files"
                 )
+
+
+def read_inputs_file(file: Path) -> dict[str, Any]:
+    """What a run wrote when it started.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        assert isinstance(content, dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; restore it from a copy") from None
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable as JSON; restore it from a copy") from error
+    return content
 
 
 def _checkpoint(info: CheckpointInfo) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,8 @@ from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
 
 CONFIG_FILE = "config.yaml"
+CONFIGURATION = "configuration"
+"""Entry of inputs.json: the configuration that the run was started with."""
 
 
 class RunFolder:
@@ -53,20 +55,29 @@ class RunFolder:
             raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
 
     def create(self, config: Config, plan: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with, as fingerprints).
+        """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with: fingerprints, and the
+        configuration).
 
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder cannot be written; it is then as it was.
         """
         self.refuse_used()
+        new = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True)
             self.write_plan(plan)
-            write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
-            write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(_resolved(config), sort_keys=False))
+            resolved = _resolved(config)
+            write_atomically(self.inputs, json.dumps(inputs | {CONFIGURATION: resolved}, indent=2) + "\n")
+            write_atomically(self.path / CONFIG_FILE, _header() + yaml.safe_dump(resolved, sort_keys=False))
         except OSError as error:
+            with suppress(OSError):  # a part of a run would block the next try
+                for path in (self.path / CONFIG_FILE, self.inputs, self.plan):
+                    path.unlink(missing_ok=True)
+                self.checkpoints.rmdir()
+                if new:
+                    self.path.rmdir()
             raise ConfigError(
-                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); name another folder"
+                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); free some space or name another folder"
             ) from error
 
     @contextmanager
@@ -158,10 +169,14 @@ def put_on_disk(stream: IO[Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        put_on_disk(stream)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            put_on_disk(stream)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _header() -> str:

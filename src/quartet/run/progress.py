@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
+from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -46,14 +50,49 @@ _COLUMNS: tuple[tuple[str, int, int, Callable[[Record], float]], ...] = (
 """Heading, width, decimals and source of each column after the iteration."""
 
 
+def drop_output() -> None:
+    """Send what is still to come on standard output nowhere: nobody reads it any more, or its disk is full."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):  # no file of the system's, as in tests
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+class _Output:
+    """Standard output, which goes quiet where it cannot be written any more: a run is not its display."""
+
+    def __init__(self) -> None:
+        self._stream, self._gone = sys.stdout, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            act()
+        except OSError:
+            self._gone = True
+            drop_output()
+
+
 class Progress:
     """The display of one run. Rows stay in the scroll-back; only the stage line below them is redrawn.
 
-    Where standard output is no terminal (a log of CI, a file), it prints a heading and one plain line an iteration.
+    Where standard output is no terminal (a log of CI, a file), it prints a heading and one plain line an iteration. Where it
+    is closed or full, the run goes on without a display.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = Console() if console is None else console
+        self._console = Console(file=cast("IO[str]", _Output())) if console is None else console
         self._live_wanted = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
         self._status = _Status(ascii_only=self._console.options.ascii_only)

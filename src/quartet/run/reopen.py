@@ -21,6 +21,7 @@ from quartet.rewards.sources import build_sources
 from quartet.run.checkpoint import RunState, load_weights
 from quartet.run.checkpoint_folder import choose_checkpoint, list_checkpoints
 from quartet.run.data import PromptSet
+from quartet.run.edited import refuse_edited
 from quartet.run.export import export
 from quartet.run.fingerprint import model_fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
@@ -161,6 +162,7 @@ def _open(
     folder: RunFolder, config: Config, inputs: Inputs, say: Say, start: str | None
 ) -> tuple[Loaded, RunState, str]:
     """Models with a checkpoint's weights in them; the checkpoint's state and name."""
+    refuse_edited(folder.inputs, config, within="models.")
     refuse_changed(folder.inputs, model_fingerprints(inputs), whole=False)
     loaded = load_everything(config, inputs, say)
     for left in reversed(range(_TRIES)):

@@ -9,20 +9,21 @@ from dataclasses import replace
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
-from quartet.errors import CheckpointError, QuartetError, TrainingError
+from quartet.errors import CheckpointError, QuartetError, RewardError, TrainingError
 from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
-from quartet.run.checkpoint_folder import choose_checkpoint
+from quartet.run.checkpoint_folder import choose_checkpoint, step_of
+from quartet.run.edited import refuse_edited, refuse_fewer_iterations
 from quartet.run.fingerprint import fingerprints, refuse_changed, refuse_different
-from quartet.run.folder import RunFolder
+from quartet.run.folder import CONFIG_FILE, RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
 from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, read_inputs, score_with
 from quartet.run.store import Store
-from quartet.run.trust import refuse_untrusted
+from quartet.run.trust import refuse_untrusted, resume_command
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 
@@ -103,13 +104,14 @@ class Session:
         Raises:
             CheckpointError: none of its checkpoints is whole, the one to start from is damaged, or what the run was started
                 with has changed.
-            ConfigError: its config.yaml names code and `trust` is off.
+            ConfigError: its config.yaml names code and `trust` is off, or was edited where that makes it another run.
         """
         chosen = engine.agree(
             lambda: choose_checkpoint(folder.checkpoints, start) if start or not folder.stopped_early(config) else None
         )
         if not trust:
             engine.agree(lambda: refuse_untrusted(config, folder.path))
+        engine.agree(lambda: refuse_edited(folder.inputs, config) if engine.first_here else None)
         inputs = engine.agree(lambda: read_inputs(config, progress.say, cut=engine.cuts_weights))
         # One process of each machine compares what that machine has.
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
@@ -118,6 +120,8 @@ class Session:
         loaded = load_everything(config, inputs, progress.say, engine, memory.measuring)
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
+            done = step_of(chosen)
+            engine.agree(lambda: refuse_fewer_iterations(config, done))
             session.state = session._store.load(chosen.name)
             if config.ppo.adaptive_kl_target is None:  # what nothing has moved is the configuration's, as all else
                 session.state = replace(session.state, kl_coef=config.ppo.kl_coef)
@@ -234,7 +238,14 @@ class Session:
             return f"; and {another}"
         newest = self._store.newest()
         kept = f"; the weights as they were before are in {self.folder.path}"
-        return f"{kept}, go on from {newest} with: quartet resume {self.folder.path}" if newest else kept
+        if isinstance(error, RewardError) and any(entry.url is not None for entry in self.config.rewards):
+            kept += f"; another url or timeout goes into {self.folder.path / CONFIG_FILE}"
+        return f"{kept}, go on from {newest} with: {self.resume_command}" if newest else kept
+
+    @property
+    def resume_command(self) -> str:
+        """What continues the run."""
+        return resume_command(self.config, self.folder.path)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -13,23 +13,34 @@ from quartet.config import Config
 from quartet.errors import ConfigError
 
 
+def resume_command(config: Config, run: Path) -> str:
+    """What continues the run, for its user."""
+    return f"quartet resume {run}{' --trust' if _named(config) else ''}"
+
+
 def refuse_untrusted(config: Config, run: Path) -> None:
     """Check that resuming would import, call and send nothing that only the run folder names.
 
     Raises:
         ConfigError: it would; says what, and how to allow it.
     """
+    named = _named(config)
+    if named:
+        raise ConfigError(
+            f"{run / 'config.yaml'} names {', '.join(named)}, which resuming would use; if you know them, add --trust "
+            "(in Python: trust=True)"
+        )
+
+
+def _named(config: Config) -> list[str]:
+    """What has to be trusted."""
     named = [f"the reward function {entry.function}" for entry in config.rewards if entry.function is not None]
     named += [f"the reward endpoint {_host(entry.url)}" for entry in config.rewards if entry.url is not None]
     if config.rollout.vllm.url is not None:
         named.append(f"the vLLM server {_host(config.rollout.vllm.url)}")
     if config.models.trust_remote_code:
         named.append("the code that its checkpoints bring along (models.trust_remote_code)")
-    if named:
-        raise ConfigError(
-            f"{run / 'config.yaml'} names {', '.join(named)}, which resuming would use; if you know them, add --trust "
-            "(in Python: trust=True)"
-        )
+    return named
 
 
 def _host(url: str) -> str:
