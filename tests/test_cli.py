@@ -101,6 +101,13 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo.optimizer.warmup_iterations=1",
             "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
         ),
+        ("rewards=", "rewards=None is not possible: it should be a list of entries, such as [{url: ...}]"),
+        ("rewards={url: http://a.test}", "is not possible: it should be a list of entries, such as [{url: ...}]"),
+        ("models.sft=${oc.env:NOPE}", "the overrides 'models.sft=${oc.env:NOPE}' cannot be applied"),
+        (
+            "rewards=[{url: 'localhost:8000/x?model=1'}]",
+            "'localhost:8000/x' is no url of a reward endpoint; write http(s)://",
+        ),
         ("models.lora.dropout=0.1", "models.lora.dropout=0.1 is not possible"),
         ("ppo.iterations", "the override 'ppo.iterations' has no value; write it as dotted.key=value"),
         ("=3", "the override '=3' has no value"),
@@ -331,6 +338,23 @@ def test_arguments_that_mean_nothing(arguments: list[str], said: str, capsys: py
     with pytest.raises(SystemExit):
         main(arguments)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sft", "said"),
+    [
+        ("${oc.env:NOPE}", "models.sft in {file} cannot be filled in: Environment variable 'NOPE' not found"),
+        ("${ppo.nope}", "models.sft in {file} cannot be filled in: Interpolation key 'ppo.nope' not found"),
+    ],
+)
+@pytest.mark.parametrize("overrides", [[], ["run.seed=4"]])
+def test_what_the_file_asks_for_and_is_not_there(
+    sft: str, said: str, overrides: list[str], tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(changed(tiny_run(), {"models.sft": sft})))
+    capsys.readouterr()
+    assert sentence(main(["train", str(config), *overrides]), capsys) == said.format(file=config)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,14 @@ def test_changed_inputs_are_named(key: str, tiny_run: TinyRun, library: Any, tmp
         resume(run)
 
 
+def test_prompts_of_which_some_are_held_out_are_named_themselves(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """With them the held-out ones are others too, which no key of the configuration names."""
+    run = train(tiny_run(**{"data.eval_count": 2}))
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
+    with pytest.raises(CheckpointError, match=r"^data\.prompts is not what this run was started with"):
+        resume(run)
+
+
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(
     values: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,21 @@ METRICS = {
 }
 MEASURED = ("time/", "memory/")
 LORA: dict[str, Any] = {"models.lora": {"r": 5}}
+
+
+def documented_metrics() -> set[str]:
+    """The keys in the first column of docs/metrics.md's table."""
+    rows = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().splitlines()
+    return {key for row in rows if row.startswith("| `") for key in re.findall("`(.+?)`", row.split("|")[1])}
+
+
+def test_paths_may_be_paths(tiny_run: TinyRun, tmp_path: Path) -> None:
+    values = tiny_run()
+    for section, key in (("models", "sft"), ("models", "reward"), ("data", "prompts"), ("run", "dir")):
+        values[section][key] = Path(values[section][key])
+    config = parse_config(changed(values, {"rollout.engine": "vllm", "rollout.vllm": {"folder": tmp_path}}))
+    assert config.rollout.vllm.folder == str(tmp_path)
+    assert train(values) == tmp_path / "run"
 
 
 class Crash(BaseException):
@@ -92,6 +108,7 @@ def test_what_a_run_leaves_on_disk(tiny_run: TinyRun) -> None:
     assert [record["episodes"] for record in records] == [4, 8, 12]
     assert all(record.keys() >= METRICS for record in records)
     assert all(math.isfinite(value) for record in records for value in record.values())
+    assert {key for record in records for key in record} == documented_metrics()
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["iteration"] for sample in samples] == [0, 2, 3]
     assert len({sample["prompt"] for sample in samples}) == 1

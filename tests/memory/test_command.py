@@ -329,3 +329,15 @@ def test_gathering_for_the_rollout_is_decided_by_the_memory(tmp_path: Path, holl
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert main(["plan", str(tmp_path / "run.yaml"), "distributed.gather_for_rollout=false", *many]) == 0
     assert "assumed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("length", "fits"), [(63, True), (64, False)])
+def test_a_response_that_leaves_no_room_for_a_prompt_is_refused(
+    length: int, fits: bool, tmp_path: Path, hollow: Any, capsys: Any
+) -> None:
+    """As `quartet train` does whatever the prompts are."""
+    values = hollow(SMALL | {"max_position_embeddings": 64}, **{"rollout.response_length": length})
+    capsys.readouterr()
+    assert plan(tmp_path, values) == (0 if fits else 2)
+    said = "rollout.response_length=64 leaves no room for a prompt in the 64 positions of models.sft="
+    assert (said in capsys.readouterr().err) is not fits

@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 
 from checkpoints import plain_model, write_adapter
 from pipeline import Pipeline, hidden_of, sequences
-from quartet.errors import QuartetError
+from quartet.errors import CheckpointError, QuartetError
+from quartet.trainer import train
 from tiny import TinyRun
 
 IDS = torch.tensor([[5, 9, 30, 40, 41], [64, 65, 66, 67, 68]])
@@ -156,6 +157,21 @@ def test_adapters_that_cannot_be_continued_are_refused(
     said = refusal(tiny_run, family=family, **{"models.lora": {}, "models.sft": str(adapter)})
     assert said.startswith(f"CheckpointError: models.sft={str(adapter)!r}")
     assert "merge it into its base" in said
+
+
+@pytest.mark.parametrize("plan", ["separate", "single"])
+def test_an_adapted_embedding_is_named_before_the_memory_is_planned(
+    plan: str, tiny_run: TinyRun, library: Any, tmp_path: Path
+) -> None:
+    """Not models.lora.target_modules, which has nothing to do with it."""
+    adapter = write_adapter(
+        tmp_path / "adapter", library.path("llama", "sft"), target_modules=["q_proj", "embed_tokens"]
+    )
+    values = tiny_run(reward="reward-lora", **{"models.lora": {}, "models.sft": str(adapter), "models.sharing": plan})
+    with pytest.raises(
+        CheckpointError, match=r"adapts the embedding model\.embed_tokens, which cannot be continued; merge"
+    ):
+        train(values)
 
 
 @pytest.mark.parametrize("saved", [["score", "embed_tokens"], ["score", "norm"]], ids=["embedding", "norm"])

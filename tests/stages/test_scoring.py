@@ -125,6 +125,9 @@ def test_a_score_that_is_not_finite_names_its_episode(bad: float, tiny_run: Tiny
         patch.setattr(type(pipeline.roles.reward), "scores", spoiled)
         with pytest.raises(TrainingError, match=rf"gave {bad} to episode 42 \(prompt 'prompt 2'\)"):
             pipeline.score(rollout)
+        held_out = dataclasses.replace(rollout.prompts, episodes=(-1, -2, -3, -4))
+        with pytest.raises(TrainingError, match=rf"gave {bad} to evaluation prompt 3 \(prompt 'prompt 2'\)"):
+            pipeline.score(dataclasses.replace(rollout, prompts=held_out))
 
 
 def test_weights_that_are_not_finite_end_in_one_sentence(tiny_run: TinyRun) -> None:

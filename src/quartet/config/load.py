@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{source} is not readable as YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{source} holds no mapping; a configuration has the sections models, data, ppo, ...")
-    return parse_config(_merged(tree, overrides), origin=str(source))
+    return parse_config(_merged(tree, overrides, source), origin=str(source))
 
 
 def read_plain(path: Path) -> Any:
@@ -78,7 +78,7 @@ def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") ->
         raise ConfigError(f"{origin}: {_first_problem(error)}") from error
 
 
-def _merged(tree: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+def _merged(tree: DictConfig, overrides: Sequence[str], source: Path) -> dict[str, Any]:
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"the override {shown(item)} has no value; write it as dotted.key=value")
@@ -86,6 +86,10 @@ def _merged(tree: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        if not any(item.startswith(f"{key}=") for item in overrides) and (key or not overrides):
+            said = str(error).splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
+            raise ConfigError(f"{key or 'a value'} in {source} cannot be filled in: {brief(said)}") from error
         raise ConfigError(f"the overrides {shown(' '.join(overrides))} cannot be applied: {brief(error)}") from error
     if not isinstance(plain, dict):
         raise ConfigError("the overrides replace the whole configuration; give dotted.key=value for single keys")
@@ -101,6 +105,8 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "missing":
         return f"{where} is missing; add it to the configuration"
     message = problem["msg"].removeprefix("Value error, ")
+    if kind == "tuple_type":
+        message = "it should be a list" + (" of entries, such as [{url: ...}]" if where == "rewards" else "")
     if not where or kind == "value_error":  # a check of ours over several fields, which names them
         return message
     return f"{where}={shown(given)} is not possible: {message[:1].lower()}{message[1:]}"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from quartet.config.values import Number, Positive, PositiveInt, Probability, Section
+from quartet.config.values import Number, Place, Positive, PositiveInt, Probability, Section
 
 
 class VllmConfig(Section):
@@ -16,7 +16,7 @@ class VllmConfig(Section):
     """colocate: an engine that this run starts, on the device of the models. server: a running `vllm serve`."""
     url: str | None = None
     """Address of the server, such as http://localhost:8000; a token goes into the environment as QUARTET_VLLM_TOKEN."""
-    folder: str | None = None
+    folder: Place | None = None
     """Folder through which each iteration's adapter or weights are handed over; a server has to see it under the same path.
     null takes the system's temporary folder."""
     gpu_memory_utilization: Probability = 0.3

@@ -110,9 +110,10 @@ class DataConfig(Section):
     max_prompt_tokens: PositiveInt = 512
     """Longer prompts are left out; a warning says how many."""
     eval_prompts: Place | None = None
-    """File or data set of the fixed evaluation prompts; null holds out the first prompts of `prompts` by seed."""
+    """File or data set of the fixed evaluation prompts; null holds out some of `prompts`, drawn by seed: at most a tenth of
+    them, but one where there are two."""
     eval_count: NonNegativeInt = 16
-    """How many evaluation prompts are used; 0 for none."""
+    """How many evaluation prompts are used, at most; 0 for none."""
 
 
 class RewardSourceConfig(Section):

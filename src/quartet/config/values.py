@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -45,7 +46,12 @@ def _nameable(given: str) -> str:
     return given
 
 
-Place = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
+def _as_text(given: Any) -> Any:
+    """Paths, as Python has them."""
+    return os.fsdecode(given) if isinstance(given, os.PathLike) else given
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_nameable), BeforeValidator(_as_text)]
 """A path, or the name of something on the Hub."""
 Number = BeforeValidator(_no_switch)
 RightGradients = BeforeValidator(_right_gradients)

@@ -17,6 +17,7 @@ from quartet.memory.search import search
 from quartet.memory.sizes import parse_bytes
 from quartet.models.loading import plan_for
 from quartet.models.offload import refuse_unmovable
+from quartet.models.tokenizers import refuse_long_responses
 
 WIDTH = 180
 """Columns where the output is no terminal."""
@@ -36,6 +37,7 @@ def run_plan(options: argparse.Namespace) -> int:
     engine = options.engine or engine_name(config, options.processes)
     refuse_impossible(config, engine, options.processes)
     estimator = estimator_for(config)
+    refuse_long_responses((estimator.sft, estimator.reward), config.rollout.response_length)
     plan = plan_for(config.models, estimator.sft, estimator.reward)
     refuse_unmovable(config.models, plan, estimator.device, cut=engine in CUTTING)
     given = {"world_size": options.processes, "engine": options.engine}

@@ -186,17 +186,28 @@ def attach_continuation(model: nn.Module, name: str, lora: LoraConfig, info: Che
     attach_checkpoint(model, temporary, info)
     try:
         for path, layer in _layers(model):
-            if temporary in layer.lora_A or temporary in layer.lora_embedding_A:
+            if temporary in layer.lora_A:
                 _embed(path, layer, name, temporary, info)
     finally:
         detach(model, temporary)
 
 
+def refuse_adapted_embeddings(*infos: CheckpointInfo) -> None:
+    """Check that the checkpoints' adapters can be continued.
+
+    Raises:
+        CheckpointError: one adapts an embedding.
+    """
+    for info in infos:
+        found = [name.partition(".lora_embedding_")[0] for name in info.adapter_tensors if ".lora_embedding_" in name]
+        if found:
+            raise CheckpointError(
+                f"{info.key}={info.adapter!r} adapts the embedding {found[0].removeprefix(PEFT_PREFIX)}, which cannot be "
+                "continued; merge it into its base"
+            )
+
+
 def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointInfo) -> None:
-    if start in layer.lora_embedding_A:
-        raise CheckpointError(
-            f"{info.key}={info.adapter!r} adapts the embedding {path}, which cannot be continued; merge it into its base"
-        )
     if name not in layer.lora_A:
         raise ConfigError(
             f"models.lora.target_modules leaves out {path}, which the adapter {info.key}={info.adapter!r} adapts and "

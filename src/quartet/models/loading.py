@@ -38,8 +38,10 @@ def plan_for(models: ModelsConfig, sft: CheckpointInfo, reward: CheckpointInfo) 
 
     Raises:
         ConfigError: `single` where the checkpoints do not allow it.
-        CheckpointError: damaged headers.
+        CheckpointError: damaged headers, or an adapter that cannot be continued.
     """
+    if models.lora is not None:
+        adapters.refuse_adapted_embeddings(sft, *([reward] if models.value_model == "own" else []))
     wanted = models.sharing in ("auto", "single") and models.lora is not None and reward.adapter is not None
     return make_plan(
         models.sharing,

@@ -76,13 +76,33 @@ def refuse_long_sequences(infos: tuple[CheckpointInfo, ...], prompt: int, respon
         ConfigError: it does not fit.
     """
     for info in infos:
-        limit = getattr(info.config.get_text_config(), "max_position_embeddings", None)
+        limit = _positions(info)
         if limit is not None and prompt + response > limit:
             raise ConfigError(
                 f"the longest prompt ({prompt} tokens) plus rollout.response_length={response} is {prompt + response} "
                 f"tokens, and {info.key}={info.name!r} has {limit} positions; lower data.max_prompt_tokens or "
                 "rollout.response_length"
             )
+
+
+def refuse_long_responses(infos: tuple[CheckpointInfo, ...], response: int) -> None:
+    """Check that a response leaves room for a prompt, where the prompts are not known.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    for info in infos:
+        limit = _positions(info)
+        if limit is not None and response >= limit:
+            raise ConfigError(
+                f"rollout.response_length={response} leaves no room for a prompt in the {limit} positions of "
+                f"{info.key}={info.name!r}; lower it"
+            )
+
+
+def _positions(info: CheckpointInfo) -> int | None:
+    limit: int | None = getattr(info.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def _tokenizer(info: CheckpointInfo) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from quartet.errors import QuartetError
+from quartet.errors import QuartetError, shown
 from quartet.rewards.deadline import DeadlineExceeded, call_within
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class Endpoint:
             )
         if not usable or any(character <= " " or character > "~" for character in url):
             raise self.error(
-                f"{parts.scheme}://{parts.netloc}{parts.path} is no url of a {self._kind}; write "
+                f"{shown(url.partition('?')[0].rpartition('@')[2])} is no url of a {self._kind}; write "
                 "http(s)://host[:port]/path without spaces"
             )
         return parts

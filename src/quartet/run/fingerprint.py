@@ -46,7 +46,8 @@ def refuse_changed(file: Path, now: Mapping[str, str], *, whole: bool = True) ->
     """
     before = read_inputs_file(file)
     before.pop(CONFIGURATION, None)  # compared key by key (`edited.py`)
-    for key in sorted(before.keys() | now.keys() if whole else now.keys()):
+    # In the order in which they were taken: prompts that are held out follow from all prompts.
+    for key in (*now, *(before.keys() - now.keys() if whole else ())):
         if before.get(key) != now.get(key):
             raise CheckpointError(
                 f"{key} is not what this run was started with (its content differs from {file}); restore it, or start a new run"

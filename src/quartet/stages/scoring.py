@@ -88,7 +88,10 @@ def _refuse_not_finite(numbers: Tensor, rollout: Rollout, giver: str, key: str) 
     bad = (~numbers.isfinite()).nonzero().flatten().tolist()
     if bad:
         row = bad[0]
+        episode = rollout.prompts.episodes[row]
+        # Those of the evaluation count down from -1.
+        which = f"episode {episode}" if episode >= 0 else f"evaluation prompt {-episode}"
         raise TrainingError(
-            f"the {giver} gave {numbers[row].item()} to episode {rollout.prompts.episodes[row]} "
+            f"the {giver} gave {numbers[row].item()} to {which} "
             f"(prompt {rollout.prompts.texts[row][:80]!r}); look at {key}, or compute in float32 (models.dtype=float32)"
         )
