@@ -191,7 +191,7 @@ def test_train_refuses_what_does_not_fit_unless_forced(hollow: Any) -> None:
     values = hollow(SMALL)
     config = parse_config(values)
     sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
-    estimate = predict(config, plan_for(config.models, sft, reward), sft, reward, longest_prompt=8)
+    estimate = predict(config, plan_for(config.models, sft, reward), sft, reward, longest_prompt=8, evaluated=0)
     refuse_too_large(estimate, None)
     refuse_too_large(estimate, round(estimate.peak.peak) + 1)
     with pytest.raises(ConfigError, match="--force"):

@@ -288,7 +288,7 @@ def _rollout_peak(tree: Any) -> float:
     """Predicted bytes of a rollout."""
     config = parse_config(tree)
     inputs = read_inputs(config, lambda line: None)
-    return predict(config, inputs.plan, inputs.sft, inputs.reward, longest_prompt=8).phase("rollout").peak
+    return predict(config, inputs.plan, inputs.sft, inputs.reward, longest_prompt=8, evaluated=0).phase("rollout").peak
 
 
 def _server(url: str) -> dict[str, Any]:
