@@ -7,7 +7,7 @@ import torch
 from quartet.memory.adapter_sizes import stored_rank
 from quartet.memory.choices import Choices
 from quartet.memory.holdings import Holdings
-from quartet.models.adapters import refuse_smaller_rank
+from quartet.models.continuation import refuse_smaller_rank
 from quartet.models.plan import SharingPlan
 from quartet.models.quantize import refuse_partial_blocks
 from quartet.stages.optimizer import refuse_paging

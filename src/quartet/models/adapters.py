@@ -72,14 +72,14 @@ def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) ->
             f"models.lora.target_modules={lora.target_modules!r} cannot be applied: {brief(error, 300)}"
         ) from error
     body = getattr(model, "base_model_prefix", "")
-    outside = [path for path, layer in _layers(model) if name in layer.lora_A and not path.startswith(f"{body}.")]
+    outside = [path for path, layer in lora_layers(model) if name in layer.lora_A and not path.startswith(f"{body}.")]
     heads = outside if body else []
     if heads:
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} takes in the head {heads[0]}; "
             "adapters are trained on the transformer's linear layers, leave it out"
         )
-    embeddings = [path for path, layer in _layers(model) if name in layer.lora_embedding_A]
+    embeddings = [path for path, layer in lora_layers(model) if name in layer.lora_embedding_A]
     if embeddings:
         raise ConfigError(
             f"models.lora.target_modules={lora.target_modules!r} takes in the embedding {embeddings[0]}; "
@@ -98,7 +98,7 @@ def refuse_unmatched(lora: LoraConfig, adapted: Sequence[tuple[nn.Module, str]])
     """
     if isinstance(lora.target_modules, str):
         return
-    paths = [path for model, name in adapted for path, layer in _layers(model) if name in layer.lora_A]
+    paths = [path for model, name in adapted for path, layer in lora_layers(model) if name in layer.lora_A]
     for entry in lora.target_modules:
         if not any(f".{path}".endswith(f".{entry}") for path in paths):
             known = {path.rpartition(".")[2] for model, _ in adapted for path, _ in model.named_modules()}
@@ -166,76 +166,6 @@ def _refuse_lost_weights(model: nn.Module, info: CheckpointInfo) -> None:
         )
 
 
-def attach_continuation(model: nn.Module, name: str, lora: LoraConfig, info: CheckpointInfo, *, seed: int) -> None:
-    """Inject a trainable adapter that computes exactly what the checkpoint's adapter computes.
-
-    The new adapter has the configured rank r >= the checkpoint's rank r': its first r' rows of A and columns of B are the
-    checkpoint's (B scaled by the ratio of the two alpha / r), the remaining columns of B are zero.
-
-    Raises:
-        ConfigError: the configured adapter is too small for the checkpoint's, in rank or in modules.
-        CheckpointError: the adapter is of a kind that cannot be continued so (DoRA, biases).
-    """
-    content = info.adapter_config
-    if content.get("use_dora") or content.get("lora_bias") or content.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{info.key}={info.adapter!r} uses DoRA or trained biases, which cannot be continued; merge it into its base"
-        )
-    attach_fresh(model, name, lora, seed=seed)
-    temporary = f"{name}_start"
-    attach_checkpoint(model, temporary, info)
-    try:
-        for path, layer in _layers(model):
-            if temporary in layer.lora_A:
-                _embed(path, layer, name, temporary, info)
-    finally:
-        detach(model, temporary)
-
-
-def refuse_adapted_embeddings(*infos: CheckpointInfo) -> None:
-    """Check that the checkpoints' adapters can be continued.
-
-    Raises:
-        CheckpointError: one adapts an embedding.
-    """
-    for info in infos:
-        found = [name.partition(".lora_embedding_")[0] for name in info.adapter_tensors if ".lora_embedding_" in name]
-        if found:
-            raise CheckpointError(
-                f"{info.key}={info.adapter!r} adapts the embedding {found[0].removeprefix(PEFT_PREFIX)}, which cannot be "
-                "continued; merge it into its base"
-            )
-
-
-def _embed(path: str, layer: LoraLayer, name: str, start: str, info: CheckpointInfo) -> None:
-    if name not in layer.lora_A:
-        raise ConfigError(
-            f"models.lora.target_modules leaves out {path}, which the adapter {info.key}={info.adapter!r} adapts and "
-            "training starts from; use all-linear or add it"
-        )
-    parts: Any = layer  # torch types a ModuleDict's entries too vaguely to compute with
-    old_rank, new_rank = layer.r[start], layer.r[name]
-    refuse_smaller_rank(info, old_rank, new_rank)
-    with torch.no_grad():
-        parts.lora_A[name].weight[:old_rank] = parts.lora_A[start].weight
-        parts.lora_B[name].weight.zero_()
-        scale = parts.scaling[start] / parts.scaling[name]
-        parts.lora_B[name].weight[:, :old_rank] = parts.lora_B[start].weight * scale
-
-
-def refuse_smaller_rank(info: CheckpointInfo, old: int, new: int) -> None:
-    """A trained adapter has room for the one that it starts from.
-
-    Raises:
-        ConfigError: its rank is smaller.
-    """
-    if old > new:
-        raise ConfigError(
-            f"models.lora.r={new} is smaller than rank {old} of the adapter {info.key}={info.adapter!r} that training starts "
-            f"from; set models.lora.r={old} or more"
-        )
-
-
 def merge(model: nn.Module, info: CheckpointInfo) -> None:
     """Add the checkpoint's adapter into the weights and leave a plain model behind.
 
@@ -244,7 +174,7 @@ def merge(model: nn.Module, info: CheckpointInfo) -> None:
     """
     attach_checkpoint(model, "merged", info)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for path, layer in _layers(model):
+    for path, layer in lora_layers(model):
         weight: Any = layer.get_base_layer().weight
         if owners[id(weight)] > 1:
             raise CheckpointError(
@@ -257,7 +187,7 @@ def merge(model: nn.Module, info: CheckpointInfo) -> None:
 
 def strip(model: nn.Module) -> None:
     """Put the wrapped modules back in place of PEFT's layers."""
-    for path, layer in _layers(model):
+    for path, layer in lora_layers(model):
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     model.__dict__.pop("peft_config", None)
@@ -265,7 +195,7 @@ def strip(model: nn.Module) -> None:
 
 def detach(model: nn.Module, name: str) -> None:
     """Remove one adapter; its memory is freed."""
-    for _, layer in _layers(model):
+    for _, layer in lora_layers(model):
         layer._active_adapter = []  # deleting an active adapter would choose another one, and warn about it
         layer.delete_adapter(name)
     getattr(model, "peft_config", {}).pop(name, None)
@@ -291,10 +221,11 @@ def _inject(model: nn.Module, name: str, config: PeftLoraConfig, seed: int) -> N
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, parameter in adapter_parameters(model, name):
         parameter.data = parameter.data.float()
-    for _, layer in _layers(model):
+    for _, layer in lora_layers(model):
         # Under autocast the cast to the adapter's float32 would be undone at once by its matrix product.
         layer.cast_input_dtype_enabled = False
 
 
-def _layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Path and module of every layer with adapters."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]

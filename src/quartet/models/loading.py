@@ -22,6 +22,7 @@ from quartet.models.base_comparison import same_base
 from quartet.models.branch import copy_top, freeze_trunk
 from quartet.models.cache import mappable
 from quartet.models.checkpoint_info import CheckpointInfo
+from quartet.models.continuation import attach_continuation, refuse_adapted_embeddings
 from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
 from quartet.models.linears import use_fast_linears
@@ -41,7 +42,7 @@ def plan_for(models: ModelsConfig, sft: CheckpointInfo, reward: CheckpointInfo) 
         CheckpointError: damaged headers, or an adapter that cannot be continued.
     """
     if models.lora is not None:
-        adapters.refuse_adapted_embeddings(sft, *([reward] if models.value_model == "own" else []))
+        refuse_adapted_embeddings(sft, *([reward] if models.value_model == "own" else []))
     wanted = models.sharing in ("auto", "single") and models.lora is not None and reward.adapter is not None
     return make_plan(
         models.sharing,
@@ -232,7 +233,7 @@ def _attach(
         if adapter.source is None:
             adapters.attach_fresh(model, adapter.name, models.lora, seed=role_seed)
         else:
-            adapters.attach_continuation(model, adapter.name, models.lora, info, seed=role_seed)
+            attach_continuation(model, adapter.name, models.lora, info, seed=role_seed)
 
 
 def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
