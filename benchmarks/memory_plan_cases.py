@@ -37,6 +37,7 @@ def configurations() -> dict[str, dict[str, Any]]:
     add("S lora separate", "S", **paired | {"sharing": "separate"})
     add("S lora paired checkpointing", "S", **paired, gradient_checkpointing=True)
     add("S lora paired 8bit", "S", **paired, quantization="8bit")
+    add("S lora paired torchao-int8", "S", **paired, quantization="torchao-int8")
     return found
 
 

@@ -124,9 +124,7 @@ class Holdings:
             return _WeightBytes(weights, kept, kept + shape.count(shape.trained & stored) * FLOAT)
         if choices.quantization is not None:
             plain = shape.tensors.keys() - shape.linear.keys()
-            small = sum(
-                quantized_bytes(shape.tensors[name], choices.quantization, dtype.itemsize) for name in shape.linear
-            )
+            small = sum(quantized_bytes(shape.tensors[name], choices.quantization) for name in shape.linear)
             stored = shape.in_file(info, dtype) & plain if self._device.type == "cpu" else set()
             mapped = shape.count(stored) * dtype.itemsize
             return _WeightBytes(small + shape.count(plain) * dtype.itemsize + shape.buffer_bytes, mapped, mapped)

@@ -13,18 +13,18 @@ BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes: weights that share a scale, and scales that share a scale of scales."""
 
 
-def quantized_bytes(shape: tuple[int, ...], kind: str, itemsize: int = 4) -> int:
+def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of one linear layer's weight `[out, in]`.
 
     4bit is nf4 with double quantization (arXiv 2305.14314): half a byte a weight, an 8-bit scale a block of 64, a float32
     scale for 256 of those, the two code books (16 and 256 float32) and an offset. 8bit is a byte a weight and a float32
-    scale a row (arXiv 2208.07339); torchao-int8 likewise, with scales of the computation's `itemsize`.
+    scale a row (arXiv 2208.07339); torchao-int8 likewise, with a zero point of a byte beside each scale.
     """
     count = math.prod(shape)
     if kind == "8bit":
         return count + 4 * shape[0]
     if kind == "torchao-int8":
-        return count + itemsize * shape[0]
+        return count + 5 * shape[0]
     blocks = -(-count // BLOCK)
     return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * (16 + 256 + 1)
 
