@@ -62,9 +62,8 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
 def _run(session: Session) -> Path:
     """All iterations that are left, then the export."""
     config, progress = session.config, session.progress
-    at_once = session.memory.parallel_passes
-    if at_once and torch.get_num_threads() == 1:
-        at_once = False
+    at_once = session.memory.in_parallel(config, session.inputs.plan, session.loaded.engine)
+    if session.memory.parallel_passes and torch.get_num_threads() == 1:
         progress.say(
             "torch has one thread here (OMP_NUM_THREADS): policy and value take their passes one after the other, and no "
             "longer at the same time, so that the last digits of the results may change"

@@ -20,6 +20,7 @@ from quartet.memory.libraries import (
     QUANTIZING,
     WITH_4BIT,
 )
+from quartet.memory.simulator import Simulator
 
 TRUNK = {"models.value_model": "trunk", "models.value_head_init": "zero"}
 CASES = [
@@ -144,6 +145,22 @@ def test_what_a_merged_adapter_leaves_alone_stays_mapped(tiny_run: Any) -> None:
     # Embeddings and two norms of the frozen layer; its linear layers have the adapter in them.
     assert estimate.backbones[0].mapped == (260 * 32 + 2 * 32) * 4
     assert estimate.phase("load").weights < estimate.phase("rollout").weights
+
+
+def test_a_shallow_reward_model_beside_frozen_layers_is_planned(tiny_run: Any, tmp_path: Any) -> None:
+    """Its layers are not those that are frozen."""
+    deep, shallow = tmp_path / "deep", tmp_path / "shallow"
+    write_model(deep, "llama", num_hidden_layers=6)
+    write_model(shallow, "llama", task="classifier", num_hidden_layers=2)
+    found = {}
+    for frozen in (1, 5):
+        given = {"models.sft": str(deep), "models.reward": str(shallow), "models.freeze_layers": frozen} | TRUNK
+        pipeline = Pipeline(tiny_run("llama", **given))
+        known, plan = estimator_of(pipeline), pipeline.inputs.plan
+        simulator = Simulator(known.sft, known.reward, known.workload)
+        working = simulator.working("scoring", plan, choices_of(pipeline.config, CPU), known.holdings.shapes(plan))
+        found[frozen] = working.peaks["reward last layer"]
+    assert found[1] == found[5]
 
 
 def test_layers_that_alternate_are_counted(tmp_path: Any, tiny_run: Any) -> None:

@@ -149,3 +149,30 @@ def test_a_run_does_as_its_plan_says() -> None:
     assert MemoryAccount(CPU, {"choices": {"parallel_passes": True}}).parallel_passes
     assert not MemoryAccount(CPU, {"choices": {"parallel_passes": False}}).parallel_passes
     assert not MemoryAccount(CPU).parallel_passes  # not predicted
+
+
+@pytest.mark.parametrize(
+    ("before", "edited", "now"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"run.parallel_passes": False}, False),
+        (False, {"run.parallel_passes": True}, True),
+        (True, {"models.gradient_checkpointing": True}, False),
+        (True, {"run.parallel_passes": True, "models.gradient_checkpointing": True}, False),
+    ],
+)
+def test_a_run_that_goes_on_does_as_its_configuration_says_now(
+    tiny_run: TinyRun, before: bool, edited: dict[str, Any], now: bool
+) -> None:
+    pipeline = Pipeline(tiny_run(**BFLOAT16, **edited))
+    account = MemoryAccount(CPU, {"choices": {"parallel_passes": before}})
+    assert account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine) is now
+    assert not MemoryAccount(CPU).in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine)
+
+
+def test_a_run_that_goes_on_is_refused_passes_that_cannot_be(tiny_run: TinyRun) -> None:
+    pipeline = Pipeline(tiny_run(**BFLOAT16, **{"run.parallel_passes": True, "models.gradient_checkpointing": True}))
+    account = MemoryAccount(CPU, {"choices": {"parallel_passes": False}})
+    with pytest.raises(ConfigError, match=r"run\.parallel_passes=true, and models\.gradient_checkpointing=true"):
+        account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine)

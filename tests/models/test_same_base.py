@@ -59,6 +59,7 @@ def test_fewer_layers_are_not(library: Any, copied: Path, tmp_path: Path) -> Non
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
         {"rms_norm_eps": 1e-2},
         {"hidden_act": "gelu"},
+        {"is_decoder": True},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
     ],
 )

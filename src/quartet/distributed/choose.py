@@ -86,7 +86,7 @@ def refuse_impossible(config: Config, name: str, world_size: int) -> None:
     if config.rollout.engine == "vllm" and name != "none":
         raise ConfigError(
             f"rollout.engine=vllm works with a run of one process, and distributed.engine={name} was chosen for {world_size}; "
-            "use rollout.engine=auto"
+            "use rollout.engine=auto without rollout.vllm"
         )
     count, minibatches = config.rollout.batch_size, config.ppo.minibatches
     if count % (minibatches * world_size):

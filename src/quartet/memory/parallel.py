@@ -39,6 +39,21 @@ def passes_in_parallel(
     return reason is None and choices.dtype == "bfloat16" and (free is None or update().peak <= SHARE * free)
 
 
+def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool:
+    """The same of a run that goes on, whose configuration may say something else than it did.
+
+    Args:
+        before: what was decided when the run started.
+
+    Raises:
+        ConfigError: asked for, where it is not possible.
+    """
+    wanted, reason = choices.parallel_passes, _why_not(plan, choices)
+    if wanted is True and not before and reason is not None:
+        raise ConfigError(f"run.parallel_passes=true, and {reason}; use run.parallel_passes=auto")
+    return bool(wanted) and reason is None and (before or wanted is True)
+
+
 def _why_not(plan: SharingPlan, choices: Choices) -> str | None:
     if choices.device != "cpu":
         return f"policy and value share the one device {choices.device}"

@@ -49,11 +49,13 @@ class _Line:
     total: int
 
 
-def _lines(phase: str, shapes: Mapping[Task, BackboneShape], frozen: int, trunk: int) -> dict[Task, _Line]:
+def _lines(phase: str, plan: SharingPlan, shapes: Mapping[Task, BackboneShape]) -> dict[Task, _Line]:
     """By kind of backbone. The deeper of two is so in all that is run: memory that one lends the other goes by the larger."""
     found: dict[Task, _Line] = {}
     least = 0
     for task, shape in sorted(shapes.items(), key=lambda item: item[1].layers):
+        frozen = max(spec.frozen_layers for spec in plan.backbones if spec.task == task)
+        trunk = min(frozen, 1)
         # Layers that the phase repeats: all in the rollout, those above the trunk where the trunk is left out.
         total = shape.layers if phase == "rollout" else shape.layers - frozen + trunk
         few = min(total, trunk + 2 + max(total - trunk - 2, 0) % shape.period)
@@ -94,25 +96,23 @@ class Simulator:
         return self._found[key]
 
     def _run(self, phase: str, plan: SharingPlan, choices: Choices, shapes: Mapping[Task, BackboneShape]) -> Working:
-        frozen = max(spec.frozen_layers for spec in plan.backbones)
-        trunk = min(frozen, 1)
-        lines = _lines(phase, shapes, frozen, trunk)
+        lines = _lines(phase, plan, shapes)
         few = {task: line.few for task, line in lines.items()}
         # Backbones that are alike grow together, in one step; others one after the other.
         steps = [lines] if len(set(lines.values())) == 1 else [{task: line} for task, line in lines.items()]
-        start = self._trace(phase, plan, choices, few, trunk)
+        start = self._trace(phase, plan, choices, few)
         larger, products = [], set(start.products)
         for grown in steps:
             line = next(iter(grown.values()))
             if line.more > line.few:
-                trace = self._trace(phase, plan, choices, few | dict.fromkeys(grown, line.more), trunk)
+                trace = self._trace(phase, plan, choices, few | dict.fromkeys(grown, line.more))
                 larger.append((_labelled(trace), (line.total - line.few) / (line.more - line.few)))
                 products |= trace.products
         peaks = at_depth(_labelled(start), larger)
         return Working(*largest(peaks), peaks, frozenset(products))
 
-    def _trace(self, phase: str, plan: SharingPlan, choices: Choices, depths: Depths, trunk: int) -> MemoryTrace:
-        small = self._roles(plan, choices, depths, trunk)
+    def _trace(self, phase: str, plan: SharingPlan, choices: Choices, depths: Depths) -> MemoryTrace:
+        small = self._roles(plan, choices, depths)
 
         def traced_once() -> MemoryTrace:
             with _quiet(), traced(small.roles, small.mode, choices.device) as trace:
@@ -135,10 +135,10 @@ class Simulator:
             tensor.grad = None
         return trace
 
-    def _roles(self, plan: SharingPlan, choices: Choices, depths: Depths, trunk: int) -> _Small:
+    def _roles(self, plan: SharingPlan, choices: Choices, depths: Depths) -> _Small:
         key = (*depths.items(), *_what(plan, choices))
         if key not in self._small:
-            specs = [replace(spec, frozen_layers=min(spec.frozen_layers, trunk)) for spec in plan.backbones]
+            specs = [replace(spec, frozen_layers=min(spec.frozen_layers, 1)) for spec in plan.backbones]
             mode = FakeTensors()
             shallow = replace(plan, backbones=tuple(specs))
             roles = fake_roles(shallow, self._sft, self._reward, choices, depths, mode)

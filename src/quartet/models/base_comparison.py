@@ -14,7 +14,7 @@ _WHOLE = 4 << 20
 _LABELS = 64
 """Most rows of a classifier's head."""
 _OF_NO_WEIGHT = {
-    *("architectures", "auto_map", "is_decoder", "problem_type", "tokenizer_class", "transformers_version"),
+    *("architectures", "auto_map", "problem_type", "tokenizer_class", "transformers_version"),
     *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
     *("id2label", "label2id", "num_labels", "tie_word_embeddings"),
     *("dtype", "torch_dtype", "initializer_range", "use_cache", "chunk_size_feed_forward"),

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     *("models.sft", "models.reward", "data.prompts", "data.eval_prompts"),
     # How long, how fast, how close to the reference.
     *("ppo.iterations", "ppo.learning_rate", "ppo.value_learning_rate", "ppo.kl_coef", "ppo.max_bad_steps"),
+    "ppo.optimizer.warmup_iterations",
     # What is written, and when.
     *("run.dir", "run.save_every", "run.keep", "run.eval_every", "run.trackers"),
     # Where and in what portions it is computed.

@@ -65,6 +65,9 @@ class RunFolder:
         new = not self.path.exists()
         try:
             self.checkpoints.mkdir(parents=True)
+        except OSError as error:
+            raise self._not_written(error) from error
+        try:
             self.write_plan(plan)
             resolved = _resolved(config)
             write_atomically(self.inputs, json.dumps(inputs | {CONFIGURATION: resolved}, indent=2) + "\n")
@@ -76,9 +79,12 @@ class RunFolder:
                 self.checkpoints.rmdir()
                 if new:
                     self.path.rmdir()
-            raise ConfigError(
-                f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); free some space or name another folder"
-            ) from error
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); free some space or name another folder"
+        )
 
     @contextmanager
     def locked(self, engine: ProcessEngine) -> Iterator[None]:

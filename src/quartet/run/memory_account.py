@@ -12,10 +12,13 @@ from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import QuartetError, brief
 from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
+from quartet.memory.choices import choices_of
 from quartet.memory.figures import Estimate
 from quartet.memory.free import free_memory
+from quartet.memory.parallel import still_in_parallel
 from quartet.memory.report import compact
 from quartet.memory.trace import NotTraceable
+from quartet.models.plan import SharingPlan
 from quartet.models.precision import resolve_device
 from quartet.run.memory_probe import PeakMemory, quick_anonymous_bytes
 from quartet.run.progress import Progress
@@ -94,8 +97,20 @@ class MemoryAccount:
 
     @property
     def parallel_passes(self) -> bool:
-        """Whether policy and value are to take their passes at the same time; not where the memory of that is not predicted."""
+        """Whether policy and value were to take their passes at the same time when the run started; not where the memory of
+        that was not predicted."""
         return bool(self._record.get("choices", {}).get("parallel_passes"))
+
+    def in_parallel(self, config: Config, plan: SharingPlan, engine: ProcessEngine) -> bool:
+        """Whether they are to do so now.
+
+        Raises:
+            ConfigError: the configuration, edited since, asks for what cannot be.
+        """
+        if "choices" not in self._record:
+            return False
+        choices = choices_of(config, self._device, world_size=engine.world_size, engine=engine.name)
+        return still_in_parallel(plan, choices, self.parallel_passes)
 
     @contextmanager
     def measuring(self, phase: str) -> Iterator[None]:
