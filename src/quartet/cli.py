@@ -6,13 +6,14 @@ Mistakes end in one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quartet import __version__
 from quartet.errors import QuartetError, cause_of, printable, shown
@@ -49,7 +50,19 @@ def command() -> int:
     """`main`, after which the process ends: what is still there is not looked over for garbage once more."""
     code = main()
     gc.freeze()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes without taking the interpreter down: threads of gloo outlive their group, and one that asks
+    for the interpreter at that moment ends the process with SIGABRT (pytorch/pytorch#179291), after all was done."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
