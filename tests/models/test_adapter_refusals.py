@@ -82,7 +82,18 @@ def test_a_target_that_names_nothing_is_refused(targets: list[str], said: str, t
 def test_a_target_may_be_a_layer_of_one_of_two_families(library: Any, tiny_run: Any) -> None:
     """c_attn is GPT-2's, which has no q_proj."""
     lora = {"r": 4, "target_modules": ["q_proj", "layers.1.self_attn.v_proj", "c_attn", "attn.c_proj"]}
-    Pipeline(tiny_run("llama", **{"models.reward": str(library.path("gpt2", "reward")), "models.lora": lora}))
+    pipeline = Pipeline(
+        tiny_run("llama", **{"models.reward": str(library.path("gpt2", "reward")), "models.lora": lora})
+    )
+    adapted = {
+        role: {
+            name.split(".lora_")[0].split(".")[-1]
+            for name, _ in pipeline.roles.trained_parameters(role)
+            if ".lora_" in name
+        }
+        for role in ("policy", "value")
+    }
+    assert adapted == {"policy": {"q_proj", "v_proj"}, "value": {"c_attn", "c_proj"}}
 
 
 @pytest.mark.parametrize("changes", [{"target_modules": "q_proj("}, {"r": "x"}, {"target_modules": 5}])

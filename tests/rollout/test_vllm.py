@@ -93,7 +93,9 @@ def test_a_handover_folder_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "handover").mkdir()
+    before = (tmp_path / "handover").stat().st_mtime_ns
     train(tiny_run(**{"rollout.engine": "vllm", "rollout.vllm": {"folder": "~/handover"}}))
+    assert (tmp_path / "handover").stat().st_mtime_ns > before  # something came and went
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from quartet.config.schema import (
     RewardSourceConfig,
     RunConfig,
 )
+from quartet.config.values import by_key
 
 __all__ = [
     "Config",
@@ -25,6 +26,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "VllmConfig",
+    "by_key",
     "load_config",
     "parse_config",
     "read_plain",

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store
 
-from quartet.config import Config
+from quartet.config import Config, by_key
 from quartet.errors import ConfigError
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def agree_to_start(store: Store, rank: int, world_size: int, config: Config, cho
         found.append(choose())
     except ConfigError as error:
         refused = str(error)
-    own = {"settings": dict(_flat(config.model_dump(mode="json"))), "refused": refused}
+    own = {"settings": dict(by_key(config.model_dump(mode="json"))), "refused": refused}
     store.set(f"{WORDS}/{rank}", json.dumps(own))
     if rank == 0:
         everyone = [json.loads(store.get(f"{WORDS}/{other}")) for other in range(world_size)]
@@ -73,11 +73,3 @@ def _wait_for_readers(store: Store, count: int) -> None:
     deadline = time.monotonic() + READ_SECONDS
     while store.add(f"{WORDS}/read", 0) < count and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from quartet.config import Config, parse_config
-from quartet.errors import ConfigError, shown
+from quartet.config import Config, by_key, parse_config
+from quartet.errors import CheckpointError, ConfigError, shown
 from quartet.run.fingerprint import read_inputs_file
 from quartet.run.folder import CONFIGURATION
 
@@ -35,7 +33,7 @@ def refuse_edited(inputs: Path, config: Config, *, within: str = "") -> None:
     """Compare the configuration with that which the run was started with.
 
     Args:
-        inputs: inputs.json of the run; one that says nothing of the configuration is of an older run, which goes on.
+        inputs: inputs.json of the run.
         within: only keys that begin so.
 
     Raises:
@@ -44,10 +42,9 @@ def refuse_edited(inputs: Path, config: Config, *, within: str = "") -> None:
     """
     started = read_inputs_file(inputs).get(CONFIGURATION)
     if not isinstance(started, dict):
-        return
-    # Parsed, so that fields which a later version added have their defaults.
-    before = dict(_flat(parse_config(started, origin=str(inputs)).model_dump(mode="json")))
-    now = dict(_flat(config.model_dump(mode="json")))
+        raise CheckpointError(f"{inputs} lacks the configuration that the run was started with; restore it from a copy")
+    before = dict(by_key(parse_config(started, origin=str(inputs)).model_dump(mode="json")))
+    now = dict(by_key(config.model_dump(mode="json")))
     for key in (*before, *now):
         was, value = before.get(key), now.get(key)
         if was != value and key.startswith(within) and not _MAY_CHANGE.fullmatch(key):
@@ -68,13 +65,3 @@ def refuse_fewer_iterations(config: Config, done: int) -> None:
             f"ppo.iterations={config.ppo.iterations}, and {done} iterations are done already; raise it, or go back to "
             "an earlier checkpoint with --from"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if key == "rewards":
-            value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
