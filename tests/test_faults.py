@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from quartet.errors import CheckpointError, ConfigError, Interrupted, RewardErro
 from quartet.ops.losses import clipped_policy_loss
 from quartet.rollout.dynamic import DynamicEngine
 from quartet.rollout.static import StaticEngine
-from quartet.run.checkpoint_folder import list_checkpoints
-from quartet.run.folder import RunFolder
+from quartet.run.checkpoint_folder import list_checkpoints, verify
+from quartet.run.folder import RunFolder, writing
 from quartet.run.metrics import read_metrics
 from quartet.run.session import Session
 from quartet.trainer import resume, train
@@ -256,6 +257,33 @@ def test_bad_steps_in_a_row_are_counted_over_a_checkpoint(
         resume(run)
     calls = 5
     assert read_metrics(resume(run) / "metrics.jsonl")[-1]["gradient/skipped_steps"] == 0
+
+
+def test_advice_to_resume_says_trust_where_resuming_would_ask_for_it(whole: Path) -> None:
+    """A full disk, a damaged checkpoint and a folder in use; a configuration that cannot be read is for `resume` to say."""
+
+    def advice(error: type[Exception], act: Callable[[], object]) -> str:
+        with pytest.raises(error) as caught:
+            act()
+        return str(caught.value).partition("quartet resume ")[2]
+
+    def full() -> None:
+        with writing(whole / "metrics.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    newest = list_checkpoints(whole / "checkpoints")[-1]
+    (newest / "state.json").write_text("{")
+    acts: list[tuple[type[Exception], Callable[[], object], str]] = [
+        (CheckpointError, full, ""),
+        (CheckpointError, lambda: verify(newest, ()), " --from step-000002"),
+        (ConfigError, RunFolder(whole).refuse_used, ""),
+    ]
+    for trust in ("", " --trust"):
+        for error, act, more in acts:
+            assert advice(error, act) == f"{whole}{trust}{more}"
+        as_if_started_with(whole, {"rewards": [FUNCTION]})
+    (whole / "config.yaml").write_text("{")
+    assert advice(CheckpointError, full) == str(whole)
 
 
 @pytest.mark.parametrize("writer", ["metrics", "samples"])

@@ -15,6 +15,7 @@ from quartet.run.folder import RunFolder
 from quartet.run.interrupt import stop_on_signals
 from quartet.run.progress import Progress, display_of
 from quartet.run.session import Session
+from quartet.run.stored_config import read_config
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.optimizer import set_learning_rate
 from quartet.stages.update import Updater
@@ -54,7 +55,7 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
         QuartetError, Interrupted: as `train`.
     """
     folder = RunFolder(run)
-    config = folder.read_config()
+    config = read_config(folder.path)
     with joined(config) as engine, progress or display_of(engine) as display, folder.locked(engine):
         return _run(Session.resume(config, display, folder, engine, start=start, trust=trust))
 

@@ -173,6 +173,7 @@ class TestMistakes:
         def run(**changes: Any) -> str:
             config = tmp_path / "run.yaml"
             config.write_text(yaml.safe_dump(tiny_run(**{"rollout.engine": "vllm", **changes})))
+            capsys.readouterr()  # of writing the checkpoints
             assert main(["train", str(config)]) == 2
             said = capsys.readouterr().err
             assert said.startswith("quartet: ")

@@ -64,8 +64,8 @@ def run_demo(*, iterations: int | None, seed: int, out: Path | None, console: Co
         QuartetError: a download failed, a sum differs, or the folder is in use.
     """
     console = console or Console()
-    if seed < 0:
-        raise ConfigError(f"--seed={seed} is negative; give 0 or more")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed={seed} is out of range; give 0 or more, and less than 2**63")
     vader_scores(["the judge is there"])  # before the minutes that precede its first use
     folder = out or _free_folder(Path("runs/demo"))
     RunFolder(folder).refuse_used()

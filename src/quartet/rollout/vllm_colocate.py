@@ -108,13 +108,13 @@ def _installed(device: str) -> Any:
     except ImportError as error:
         raise RolloutError(
             f"rollout.engine=vllm needs vLLM, which cannot be imported ({' '.join(str(error).split())[:200]}); pip install "
-            "quartet-rlhf[vllm], or use rollout.vllm.mode=server or rollout.engine=auto"
+            "quartet-rlhf[vllm], or use rollout.vllm.mode=server, or rollout.engine=auto without rollout.vllm"
         ) from error
     if current_platform.device_type != device:
         found = current_platform.device_type or "no device that it knows"
         raise RolloutError(
             f"rollout.vllm.mode=colocate runs vLLM where the models are ({device}), and the vLLM installed here is for "
-            f"{found}; use rollout.vllm.mode=server or rollout.engine=auto"
+            f"{found}; use rollout.vllm.mode=server, or rollout.engine=auto without rollout.vllm"
         )
     return vllm
 

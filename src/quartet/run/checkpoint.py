@@ -20,6 +20,7 @@ from torch import Tensor
 from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.roles import Roles
 from quartet.run.checkpoint_folder import list_checkpoints, remove_checkpoint, verify, written_whole
+from quartet.run.trust import resume_command
 
 STATE = "state.json"
 FILES = ("policy.safetensors", "value.safetensors", "optimizer.safetensors", STATE)
@@ -59,7 +60,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {final} could not be written ({cause_of(error)}); earlier checkpoints "
-            f"are intact, free some space and go on with: quartet resume {folder.parent}"
+            f"are intact, free some space and go on with: {resume_command(folder.parent)}"
         ) from error
     return final
 

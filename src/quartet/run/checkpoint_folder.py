@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.errors import CheckpointError
+from quartet.run.trust import resume_command
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-\d{6,}")
@@ -113,7 +114,7 @@ def _remedy(folder: Path) -> str:
     before = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
     if not before:
         return "there is no checkpoint before it, so restore it from a copy or start the run again in a new folder"
-    return f"go on from the checkpoint before it with: quartet resume {run} --from {before[-1].name}"
+    return f"go on from the checkpoint before it with: {resume_command(run)} --from {before[-1].name}"
 
 
 def sync(path: Path) -> None:

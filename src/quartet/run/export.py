@@ -20,6 +20,7 @@ from quartet.models.adapter_files import adapter_state, save_adapter
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo
 from quartet.models.plan import Role
 from quartet.models.roles import Roles
+from quartet.run.trust import resume_command
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
         CheckpointError: the disk is full or not writable; nothing half written is left.
     """
     remedy = remedy or (
-        f"free some space, then `quartet resume {folder}` ends with it after training, and `quartet export` begins anew"
+        f"free some space, then `{resume_command(folder)}` ends with it after training, and `quartet export` begins anew"
     )
     engine = engine or SingleProcess()
     critic = sft if roles.value.backbone is roles.policy.backbone and roles.plan.name != "single" else reward

@@ -15,12 +15,13 @@ from typing import IO, Any
 import yaml
 
 from quartet import __version__
-from quartet.config import Config, parse_config, read_plain
+from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, ConfigError, cause_of
 from quartet.run.checkpoint_folder import list_checkpoints
+from quartet.run.stored_config import CONFIG_FILE
+from quartet.run.trust import resume_command
 
-CONFIG_FILE = "config.yaml"
 CONFIGURATION = "configuration"
 """Entry of inputs.json: the configuration that the run was started with."""
 
@@ -49,7 +50,7 @@ class RunFolder:
         if (self.path / CONFIG_FILE).exists():
             raise ConfigError(
                 f"run.dir={str(self.path)!r} already holds a run; name another folder, "
-                f"or continue it with: quartet resume {self.path}"
+                f"or continue it with: {resume_command(self.path)}"
             )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
@@ -136,19 +137,6 @@ class RunFolder:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def read_config(self) -> Config:
-        """The configuration of the run that is here.
-
-        Raises:
-            CheckpointError: no run here.
-            ConfigError: its config.yaml is not readable or not valid.
-        """
-        file = self.path / CONFIG_FILE
-        if not file.is_file():
-            raise CheckpointError(f"{str(self.path)!r} holds no run (no {CONFIG_FILE}); give the folder of a run")
-        values = read_plain(file)
-        return parse_config(values if isinstance(values, dict) else {}, origin=str(file))
-
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -162,7 +150,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written ({cause_of(error)}); free some space and go on from the newest checkpoint "
-            f"with: quartet resume {path.parent}"
+            f"with: {resume_command(path.parent)}"
         ) from error
 
 

@@ -37,6 +37,7 @@ from quartet.run.setup import (
     score_with,
 )
 from quartet.run.shards import load_any
+from quartet.run.stored_config import read_config
 from quartet.run.trust import refuse_untrusted
 
 Say = Callable[[str], None]
@@ -86,7 +87,7 @@ def evaluate(
         QuartetError: no run or checkpoint there, inputs that have changed, no prompts, or a reward source that fails.
     """
     folder = RunFolder(run)
-    config = _alone(folder.read_config())
+    config = _alone(read_config(folder.path))
     _refuse_without_checkpoint(folder, start)
     if not trust:
         refuse_untrusted(config, folder.path)
@@ -115,7 +116,7 @@ def export_checkpoint(
         QuartetError: as `evaluate`, `out` is a file or holds something, or its disk is full.
     """
     folder, target = RunFolder(run), Path(os.path.expanduser(out))
-    config = _alone(folder.read_config()).model_copy(update={"rewards": ()})
+    config = _alone(read_config(folder.path)).model_copy(update={"rewards": ()})
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {str(target)!r} is a file or not empty; name a new or empty folder")
     _refuse_without_checkpoint(folder, start)

@@ -15,6 +15,7 @@ from quartet.run.charts import Points, line_chart
 from quartet.run.folder import RunFolder, write_atomically, writing
 from quartet.run.metrics import read_metrics
 from quartet.run.samples import read_samples
+from quartet.run.stored_config import read_config
 
 REPORT_FILE = "report.html"
 _COLUMNS = 4
@@ -38,7 +39,7 @@ def write_report(run: str | Path) -> Path:
         CheckpointError: no run there, no metrics yet, a damaged file, or a full disk.
     """
     folder = RunFolder(run)
-    folder.read_config()
+    read_config(folder.path)
     records = read_metrics(folder.metrics)
     if not records:
         raise CheckpointError(f"{folder.metrics} has no iteration yet; run on and ask again")

@@ -18,11 +18,12 @@ from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint, step_of
 from quartet.run.edited import refuse_edited, refuse_fewer_iterations
 from quartet.run.fingerprint import fingerprints, refuse_changed, refuse_different
-from quartet.run.folder import CONFIG_FILE, RunFolder
+from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
 from quartet.run.progress import Progress
 from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, read_inputs, score_with
 from quartet.run.store import Store
+from quartet.run.stored_config import CONFIG_FILE
 from quartet.run.trust import refuse_untrusted, resume_command
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
@@ -245,7 +246,7 @@ class Session:
     @property
     def resume_command(self) -> str:
         """What continues the run."""
-        return resume_command(self.config, self.folder.path)
+        return resume_command(self.folder.path)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

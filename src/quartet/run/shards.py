@@ -24,6 +24,7 @@ from quartet.errors import CheckpointError, brief, cause_of
 from quartet.models.roles import Roles
 from quartet.run.checkpoint import FILES, STATE, RunState, finish_checkpoint, load_checkpoint, read_state, write_state
 from quartet.run.checkpoint_folder import verify, written_whole
+from quartet.run.trust import resume_command
 
 
 def save_shards(
@@ -99,7 +100,7 @@ def _checked(act: Callable[[], None], final: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {final} could not be written ({cause_of(error)}); earlier checkpoints "
-            f"are intact, free some space and go on with: quartet resume {final.parent.parent}"
+            f"are intact, free some space and go on with: {resume_command(final.parent.parent)}"
         ) from error
 
 

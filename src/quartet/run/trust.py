@@ -10,12 +10,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from quartet.config import Config
-from quartet.errors import ConfigError
+from quartet.errors import ConfigError, QuartetError
+from quartet.run.stored_config import CONFIG_FILE, read_config
 
 
-def resume_command(config: Config, run: Path) -> str:
-    """What continues the run, for its user."""
-    return f"quartet resume {run}{' --trust' if _named(config) else ''}"
+def resume_command(run: Path) -> str:
+    """What continues the run of this folder, for its user."""
+    try:
+        named = _named(read_config(run))
+    except QuartetError:
+        named = []  # resuming will say what is wrong with it
+    return f"quartet resume {run}{' --trust' if named else ''}"
 
 
 def refuse_untrusted(config: Config, run: Path) -> None:
@@ -27,7 +32,7 @@ def refuse_untrusted(config: Config, run: Path) -> None:
     named = _named(config)
     if named:
         raise ConfigError(
-            f"{run / 'config.yaml'} names {', '.join(named)}, which resuming would use; if you know them, add --trust "
+            f"{run / CONFIG_FILE} names {', '.join(named)}, which resuming would use; if you know them, add --trust "
             "(in Python: trust=True)"
         )
 
