@@ -42,7 +42,7 @@ class Rollout:
     stopped: Tensor
     """bool `[B]`: True where the response ended at the stop token."""
     decode_steps: int
-    """Forward passes of the decoder after the prompts, summed over groups of rows."""
+    """Forward passes of this process's decoder after the prompts, summed over groups of rows."""
 
 
 @dataclass(frozen=True, slots=True)

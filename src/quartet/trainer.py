@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quartet.config import Config, parse_config
 from quartet.distributed import joined
 from quartet.errors import Interrupted
@@ -63,12 +61,7 @@ def resume(run: str | Path, *, start: str | None = None, trust: bool = False, pr
 def _run(session: Session) -> Path:
     """All iterations that are left, then the export."""
     config, progress = session.config, session.progress
-    at_once = session.memory.in_parallel(config, session.inputs.plan, session.loaded.engine)
-    if session.memory.parallel_passes and torch.get_num_threads() == 1:
-        progress.say(
-            "torch has one thread here (OMP_NUM_THREADS): policy and value take their passes one after the other, and no "
-            "longer at the same time, so that the last digits of the results may change"
-        )
+    at_once = session.memory.in_parallel(config, session.inputs.plan, session.loaded.engine, progress.say)
     updater = Updater(
         session.loaded.trained,
         session.loaded.optimizer,

@@ -14,7 +14,9 @@ from quartet.cli import main
 from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.memory import free
-from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
+from quartet.memory.admission import predicted_and_measured, refuse_too_large
+from quartet.memory.choices import choices_of
+from quartet.memory.estimate import estimator_for
 from quartet.memory.free import free_memory
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.loading import plan_for
@@ -191,7 +193,8 @@ def test_train_refuses_what_does_not_fit_unless_forced(hollow: Any) -> None:
     values = hollow(SMALL)
     config = parse_config(values)
     sft, reward = read_checkpoint(config.models.sft, "sft"), read_checkpoint(config.models.reward, "reward")
-    estimate = predict(config, plan_for(config.models, sft, reward), sft, reward, longest_prompt=8, evaluated=0)
+    estimator = estimator_for(config, sft, reward, longest_prompt=8, evaluated=0)
+    estimate = estimator.estimate(plan_for(config.models, sft, reward), choices_of(config, estimator.device), None)
     refuse_too_large(estimate, None)
     refuse_too_large(estimate, round(estimate.peak.peak) + 1)
     with pytest.raises(ConfigError, match="--force"):

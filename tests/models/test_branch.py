@@ -11,7 +11,7 @@ import torch
 from checkpoints import FAMILIES, plain_model
 from pipeline import Pipeline, sequences
 from quartet.errors import ConfigError
-from quartet.models.loading import count_bytes
+from storages import count_bytes
 
 
 def frozen(tiny_run: Any, family: str, sft: str = "sft", reward: str = "reward", **changes: Any) -> Pipeline:

@@ -13,10 +13,10 @@ from pipeline import Pipeline
 from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.models import page_locked
-from quartet.models.loading import count_bytes
 from quartet.models.offload import Offloaded, make_residency, refuse_unmovable, rests_on_host
 from quartet.models.plan import Role
 from quartet.models.residency import Residency
+from storages import count_bytes
 from tiny import TinyRun
 
 PLANS = {

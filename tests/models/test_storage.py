@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import HIDDEN, LAYERS, MLP, VOCABULARY
 from pipeline import Pipeline
-from quartet.models.loading import count_bytes
+from storages import count_bytes
 from tiny import TinyRun
 
 RANK = 5

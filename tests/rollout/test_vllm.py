@@ -18,12 +18,13 @@ import vllm_stand_in
 from pipeline import Pipeline
 from quartet.cli import main
 from quartet.config import parse_config
+from quartet.distributed import SingleProcess
 from quartet.distributed.choose import refuse_impossible
 from quartet.errors import ConfigError, RolloutError
-from quartet.memory.admission import predict
 from quartet.records import Prompts
 from quartet.rewards import endpoint as transport
 from quartet.rollout.vllm import Response, VllmEngine
+from quartet.run.memory_account import predicted
 from quartet.run.setup import read_inputs
 from quartet.run.trust import refuse_untrusted
 from quartet.trainer import train
@@ -291,7 +292,7 @@ def _rollout_peak(tree: Any) -> float:
     """Predicted bytes of a rollout."""
     config = parse_config(tree)
     inputs = read_inputs(config, lambda line: None)
-    return predict(config, inputs.plan, inputs.sft, inputs.reward, longest_prompt=8, evaluated=0).phase("rollout").peak
+    return predicted(config, inputs, SingleProcess(), None).phase("rollout").peak
 
 
 def _server(url: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_a_run_shows_its_prediction_and_keeps_it_beside_the_measured_peaks(tiny_
     # A run that goes on is neither predicted nor refused again, and keeps what was measured.
     (run / "checkpoints" / "step-000002").rename(run / "gone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_account, "predict", refuse)
+        patch.setattr(memory_account, "predicted", refuse)
         patch.setattr(memory_account, "free_memory", lambda *_: 1)
         progress, text = log()
         assert resume(run, progress=progress) == run
@@ -147,7 +147,7 @@ def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(memory_account, "predict", fail)
+    monkeypatch.setattr(memory_account, "predicted", fail)
     progress, text = log()
     run = train(tiny_run(**{"run.parallel_passes": True}), progress=progress)
     [line] = [line for line in text.getvalue().splitlines() if "not predicted" in line]

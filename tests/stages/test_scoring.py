@@ -12,6 +12,8 @@ from checkpoints import EOS, plain_model
 from pipeline import Pipeline, rollout_of
 from quartet.config import PPOConfig
 from quartet.errors import TrainingError
+from quartet.rewards.function import FunctionReward
+from quartet.run.setup import score_with
 from quartet.stages.advantages import compute_advantages
 from quartet.stages.batching import SequenceTable, microbatches, scoring_rows
 from quartet.stages.scoring import score_rollout
@@ -92,18 +94,17 @@ def test_values_follow_the_placement_of_the_score(tiny_run: TinyRun) -> None:
 
 
 def test_further_sources_are_added(tiny_run: TinyRun) -> None:
-    pipeline = Pipeline(tiny_run())
-    rollout, heard = rollout_of(PROMPTS, RESPONSES), []
+    """With their weights; they are given the prompts' and the responses' text, without stop token and padding."""
+    pipeline, rollout, heard = Pipeline(tiny_run()), rollout_of(PROMPTS, RESPONSES), []
 
-    def extra(prompts: Any, responses: Any) -> list[float]:
-        heard.append((list(prompts), list(responses)))
+    def mine(prompts: list[str], responses: list[str]) -> list[float]:
+        heard.append((prompts, responses))
         return [1.0, 2.0, 3.0, 4.0]
 
-    options: dict[str, Any] = {"temperature": 1.0, "placement": "stop", "rows": 4}
-    plain = score_rollout(rollout, pipeline.roles, **options)
+    source = FunctionReward.from_callable(mine, weight=0.5)
+    plain, summed = (score_with(pipeline.config, chosen, pipeline.loaded, rollout) for chosen in ([], [source]))
+    torch.testing.assert_close(summed.scores - plain.scores, torch.tensor([0.5, 1.0, 1.5, 2.0]), rtol=0, atol=1e-5)
     decode = pipeline.loaded.decode
-    summed = score_rollout(rollout, pipeline.roles, **options, extra=extra, decode=decode)
-    torch.testing.assert_close(summed.scores - plain.scores, torch.tensor([1.0, 2.0, 3.0, 4.0]), rtol=0, atol=1e-5)
     texts = [decode(torch.tensor([token for token in response if token != EOS])) for response in RESPONSES]
     assert heard == [([f"prompt {row}" for row in range(4)], texts)]
     assert texts[2] == ""

@@ -206,10 +206,7 @@ def _roles(estimate: Estimate) -> Table:
     return table
 
 
-def _phases(estimate: Estimate, *, short: bool = False) -> Table:
-    """Args:
-    short: without title, bars and places.
-    """
+def _phases(estimate: Estimate) -> Table:
     names = [n for n in COLOURS if any(phase.parts()[n] for phase in estimate.phases)] or ["weights"]
     table = Table(title="phases, at their peaks", title_justify="left")
     table.add_column("phase")

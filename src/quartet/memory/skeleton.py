@@ -24,7 +24,7 @@ from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.fused import use_fused_layers
 from quartet.models.heads import LogitHead, ScalarHead
 from quartet.models.linears import Weights, restore_linears, use_fast_linears
-from quartet.models.loading import _finish, _views
+from quartet.models.loading import finished, views_of
 from quartet.models.packing import assume_packing, longest_packed
 from quartet.models.plan import BackboneSpec, SharingPlan, Task
 from quartet.models.precision import chunk_tokens_of, planned_for, tile_of
@@ -108,7 +108,7 @@ def fake_roles(
                 if lora is not None:
                     adapters.attach_fresh(model, adapter.name, lora, seed=0)
         _to_fake(model, mode)
-        backbones[spec.name] = _finish(spec, model, dtype, choices.checkpointing)
+        backbones[spec.name] = finished(spec, model, dtype, choices.checkpointing)
         backbones[spec.name].weights = WholeWeights(are_whole=choices.engine not in CUTTING)
         if choices.engine in CUTTING:
             restore_linears(model)
@@ -120,7 +120,7 @@ def fake_roles(
     device = torch.device(choices.device)
     for backbone in backbones.values():
         backbone.tile, backbone.chunk_tokens = tile_of(device, dtype), chunk_tokens_of(device)
-    roles = _views(plan, backbones, score, value, Residency())
+    roles = views_of(plan, backbones, score, value, Residency())
     for view in (roles.policy, roles.value):
         assume_packing(view.backbone, longest_packed(view.backbone))
     return roles

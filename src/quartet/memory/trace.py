@@ -248,8 +248,3 @@ def vocabulary_of(model: nn.Module) -> int:
     ask: Any = model.get_input_embeddings  # a method of transformers' models, which torch types as a tensor or module
     embeddings = ask()
     return int(embeddings.weight.shape[0]) if isinstance(embeddings, nn.Embedding) else -1
-
-
-def gradients_of(model: nn.Module) -> list[torch.Tensor]:
-    """Gradients that are there."""
-    return [p.grad for p in model.parameters() if p.grad is not None]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -108,12 +107,12 @@ def load_roles(
         weights = torch.float32 if spec.trainable else dtype
         model = _load_weights(spec, info, weights, place, quantization, mapped or not spec.trainable)
         _attach(spec, model, models, by_source, seed)
-        backbones[spec.name] = _finish(spec, model, dtype, models.gradient_checkpointing)
+        backbones[spec.name] = finished(spec, model, dtype, models.gradient_checkpointing)
     if models.lora is not None:
         learn = [(backbones[spec.name].model, a.name) for spec in plan.backbones for a in spec.adapters if a.trainable]
         adapters.refuse_unmatched(models.lora, learn)
     where = make_residency(models.offload, plan, backbones, device, cut=mapped)
-    return _views(plan, backbones, score, value, where)
+    return views_of(plan, backbones, score, value, where)
 
 
 def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) -> ScalarHead:
@@ -125,9 +124,10 @@ def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) ->
     return ScalarHead(start, score.name)
 
 
-def _views(
+def views_of(
     plan: SharingPlan, backbones: dict[str, Backbone], score: ScalarHead, value: ScalarHead, residency: Residency
 ) -> Roles:
+    """The roles as a plan's views of its backbones."""
     logits = {n: LogitHead(b.model) for n, b in backbones.items() if b.spec.task == "language_model"}
 
     def language(role: Any) -> LanguageView:
@@ -236,7 +236,8 @@ def _attach(
             attach_continuation(model, adapter.name, models.lora, info, seed=role_seed)
 
 
-def _finish(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
+def finished(spec: BackboneSpec, model: PreTrainedModel, dtype: torch.dtype, checkpointing: bool) -> Backbone:
+    """A backbone of a model that has its weights and adapters, ready to compute."""
     model.eval()
     use_own_attention(model)
     use_fast_linears(model)
@@ -281,13 +282,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-def count_bytes(modules: Iterator[nn.Module] | list[nn.Module]) -> int:
-    """Bytes of all distinct storages of parameters and buffers."""
-    seen: dict[int, int] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())

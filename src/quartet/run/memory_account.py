@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import QuartetError, brief
-from quartet.memory.admission import predict, predicted_and_measured, refuse_too_large
+from quartet.memory.admission import predicted_and_measured, refuse_too_large
 from quartet.memory.choices import choices_of
+from quartet.memory.estimate import estimator_for
 from quartet.memory.figures import Estimate
 from quartet.memory.free import free_memory
 from quartet.memory.parallel import still_in_parallel
@@ -61,7 +62,7 @@ class MemoryAccount:
         """
         free = free_memory(self._device, engine.processes_here)
         try:
-            estimate = _prediction(config, inputs, engine, free)
+            estimate = predicted(config, inputs, engine, free)
         except NotTraceable as error:
             reason = str(error)
         except QuartetError:
@@ -101,7 +102,7 @@ class MemoryAccount:
         that was not predicted."""
         return bool(self._record.get("choices", {}).get("parallel_passes"))
 
-    def in_parallel(self, config: Config, plan: SharingPlan, engine: ProcessEngine) -> bool:
+    def in_parallel(self, config: Config, plan: SharingPlan, engine: ProcessEngine, say: Callable[[str], None]) -> bool:
         """Whether they are to do so now.
 
         Raises:
@@ -110,6 +111,11 @@ class MemoryAccount:
         if "choices" not in self._record:
             return False
         choices = choices_of(config, self._device, world_size=engine.world_size, engine=engine.name)
+        if self.parallel_passes and torch.get_num_threads() == 1:
+            say(
+                "torch has one thread here (OMP_NUM_THREADS): policy and value take their passes one after the other, and no "
+                "longer at the same time, so that the last digits of the results may change"
+            )
         return still_in_parallel(plan, choices, self.parallel_passes)
 
     @contextmanager
@@ -143,20 +149,17 @@ def _in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else quick_anonymous_bytes() or 0
 
 
-def _prediction(config: Config, inputs: Inputs, engine: ProcessEngine, free: int | None) -> Estimate:
+def predicted(config: Config, inputs: Inputs, engine: ProcessEngine, free: int | None) -> Estimate:
+    """The estimate of a run that is about to start, for one process; raises NotTraceable, or as loading.
+
+    Args:
+        free: bytes for one process before loading; None where unknown.
+    """
     evaluation = () if inputs.evaluation is None else inputs.evaluation.tokens
     longest = max(inputs.prompts.longest, *map(len, evaluation), 1)
-    return predict(
-        config,
-        inputs.plan,
-        inputs.sft,
-        inputs.reward,
-        longest_prompt=longest,
-        evaluated=len(evaluation),
-        world_size=engine.world_size,
-        engine=engine.name,
-        free=free,
-    )
+    estimator = estimator_for(config, inputs.sft, inputs.reward, longest_prompt=longest, evaluated=len(evaluation))
+    choices = choices_of(config, estimator.device, world_size=engine.world_size, engine=engine.name)
+    return estimator.estimate(inputs.plan, choices, free)
 
 
 def _measure(device: torch.device) -> str:

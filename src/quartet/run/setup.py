@@ -133,14 +133,19 @@ def read_prompts(source: str, config: Config, tokenizer: Any, say: Say) -> Promp
 
 def score_with(config: Config, sources: Sequence[RewardSource], loaded: Loaded, rollout: Rollout) -> Scored:
     """Scoring as a run is configured; raises as `score_rollout`."""
+
+    def further(rollout: Rollout) -> list[float]:
+        lengths = rollout.response_mask.sum(-1).tolist()
+        responses = [loaded.decode(tokens[:length]) for tokens, length in zip(rollout.tokens, lengths, strict=True)]
+        return combine(sources, rollout.prompts.texts, responses)
+
     return score_rollout(
         rollout,
         loaded.roles,
         temperature=config.rollout.temperature,
         placement=config.ppo.score_placement,
         rows=_scoring_rows(config, loaded),
-        extra=(lambda prompts, responses: combine(sources, prompts, responses)) if sources else None,
-        decode=loaded.decode,
+        extra=further if sources else None,
     )
 
 

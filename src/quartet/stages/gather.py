@@ -45,7 +45,7 @@ def everyones(scored: Scored, prompts: Prompts, engine: ProcessEngine) -> Scored
         response_mask=rows(own.response_mask),
         logprobs=rows(own.logprobs),
         stopped=rows(own.stopped),
-        decode_steps=sum(engine.gather(own.decode_steps)),
+        decode_steps=own.decode_steps,
     )
     return replace(
         scored,

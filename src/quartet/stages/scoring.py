@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from quartet.records import Rollout, Scored, Sequences
 from quartet.stages.batching import SequenceTable, microbatches
 from quartet.stages.trunks import TrunkStates, with_trunks
 
-Scorer = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""Prompts and responses as text to one number an episode."""
+Scorer = Callable[[Rollout], list[float]]
+"""Further reward sources: one number an episode."""
 
 
 @torch.no_grad()
@@ -27,7 +27,6 @@ def score_rollout(
     placement: ScorePlacement,
     rows: int,
     extra: Scorer | None = None,
-    decode: Callable[[Tensor], str] | None = None,
 ) -> Scored:
     """What reference, value and reward model say of the responses.
 
@@ -35,8 +34,7 @@ def score_rollout(
         temperature: that of the rollout.
         placement: `ppo.score_placement`; decides at which tokens values are needed.
         rows: sequences computed at once.
-        extra: further reward sources, summed with the reward model's score.
-        decode: response tokens to text, for `extra`.
+        extra: what is added to the reward model's score.
 
     Raises:
         TrainingError: a log-probability or score that is not finite; names the episode.
@@ -68,9 +66,8 @@ def score_rollout(
     _refuse_not_finite(scores, rollout, "reward model", "models.reward")
     _refuse_not_finite(values.sum(-1), rollout, "value model", "ppo.value_learning_rate")
     _refuse_not_finite(ref_logprobs.sum(-1), rollout, "reference", "models.sft")
-    if extra is not None and decode is not None:
-        responses = [decode(tokens[:length]) for tokens, length in zip(rollout.tokens, table.responses, strict=True)]
-        scores += torch.tensor(extra(rollout.prompts.texts, responses), device=scores.device)
+    if extra is not None:
+        scores += torch.tensor(extra(rollout), device=scores.device)
         _refuse_not_finite(scores, rollout, "weighted sum of rewards", "rewards")
     return Scored(rollout, ref_logprobs, values, values_at, scores, trunks)
 
