@@ -34,23 +34,24 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# TRL in two environments of its own (1.12 for PPO, 1.16 for fine-tuning), for the benchmarks only.
+# For the benchmarks only: TRL in two environments of its own (1.12 for PPO, 1.16 for fine-tuning), and what draws the plots.
 BENCH := .bench
 BENCH_STAMP := $(BENCH)/.set-up
 
 bench-peer: $(BENCH_STAMP)
 
-$(BENCH_STAMP): benchmarks/peer/requirements-ppo.txt benchmarks/peer/requirements-sft.txt
+$(BENCH_STAMP): $(STAMP) benchmarks/peer/requirements-ppo.txt benchmarks/peer/requirements-sft.txt
 	$(PYTHON) -m venv $(BENCH)/peer
 	$(BENCH)/peer/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer/requirements-ppo.txt
 	$(PYTHON) -m venv $(BENCH)/sft
 	$(BENCH)/sft/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer/requirements-sft.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	touch $(BENCH_STAMP)
 
-bench: $(STAMP) $(BENCH_STAMP)
+bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/ppo_iteration.py $(ARGS)
 
-bench-memory: $(STAMP) $(BENCH_STAMP)
+bench-memory: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 clean:
