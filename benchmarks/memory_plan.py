@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import machine, own_versions
 from memory_plan_cases import PROMPT, RESPONSE, SEED, SIZES, configurations
 from memory_plan_worker import predict, write_checkpoints
 
@@ -76,8 +76,8 @@ def table(options: argparse.Namespace) -> None:
         os.environ["QUARTET_CACHE"] = str(root / "cache")  # prediction and measurement see the same conversions there
         for size in sorted({spec["size"] for spec in chosen.values()}):
             write_checkpoints(root, size)
-        shown = ("cores", "threads", "device", "torch", "transformers")
-        print(", ".join(f"{k} {v}" for k, v in machine().items() if k in shown))
+        shown = ("processor", "cores", "threads", "device", "torch", "transformers")
+        print(", ".join(f"{k} {v}" for k, v in setting().items() if k in shown))
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
@@ -97,7 +97,7 @@ def table(options: argparse.Namespace) -> None:
 def rows_of_before(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of an earlier run; it must have been one on the same machine and versions."""
     before = json.loads(options.json.read_text())
-    if before["machine"] != machine():
+    if before["machine"] != setting():
         raise SystemExit(f"{options.json} was measured otherwise; leave out --resume to measure all rows again")
     rows: list[dict[str, Any]] = before["rows"]
     return rows
@@ -106,7 +106,7 @@ def rows_of_before(options: argparse.Namespace) -> list[dict[str, Any]]:
 def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the raw figures, if asked to."""
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "options": vars_of(options), "rows": rows}, indent=2))
+        options.json.write_text(json.dumps({"machine": setting(), "options": vars_of(options), "rows": rows}, indent=2))
 
 
 def line(name: str, predicted: dict[str, Any], measured: dict[str, Any]) -> str:
@@ -130,23 +130,18 @@ def vars_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"quick": options.quick, "only": options.only, "default_malloc": options.default_malloc}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    import transformers
-
-    return {
-        "platform": platform.platform(),
-        "processor": platform.processor(),
-        "cores": os.cpu_count(),
+def setting() -> dict[str, Any]:
+    """What the figures were taken on, and of what."""
+    here = {name: value for name, value in machine().items() if name != "load_average"}
+    more = {
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "sizes": SIZES,
         "seed": SEED,
         "prompt_tokens": PROMPT,
         "response_tokens": RESPONSE,
     }
+    return here | own_versions() | more
 
 
 if __name__ == "__main__":
