@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,3 +197,12 @@ def test_huge_pages_are_asked_for_unless_the_user_says_otherwise(before: str | N
     script = "import quartet, os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == after
+
+
+def test_the_map_of_the_code_names_every_file_in_its_layer() -> None:
+    text = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
+    block = text.partition("src/quartet/\n")[2].partition("```")[0]
+    layers = dict(re.findall(r"^  (\w+)(?:/|\.py)(.*(?:\n {6}.*)*)", block, flags=re.MULTILINE))
+    for layer in LAYERS:
+        files = {path.stem for path in ROOT.glob(f"{layer}/*.py")} - {"__init__"}
+        assert files <= set(re.findall(r"\w+", layers[layer])), layer
