@@ -38,6 +38,8 @@ CASES = [
     ("llama", "sft", "reward", {"models.freeze_layers": 1}),
     ("gpt2", "sft", "reward", {"models.freeze_layers": 1, "models.dtype": "bfloat16"}),
     ("llama", "sft", "reward", TRUNK),
+    ("opt", "sft", "reward", TRUNK),
+    ("opt", "sft", "reward", {}),
     (
         "llama",
         "sft",

@@ -142,10 +142,18 @@ def test_freezing_layers_under_lora_is_refused(tiny_run: Any) -> None:
         Pipeline(tiny_run("llama", **{"models.freeze_layers": 1, "models.lora": {"r": 4}}))
 
 
-@pytest.mark.parametrize(("lora", "reward"), [(None, "reward"), ({"r": 4}, "reward"), ({"r": 4}, "reward-lora")])
-def test_a_value_head_on_the_policys_states(tiny_run: Any, lora: Any, reward: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "lora", "reward"),
+    [
+        ("llama", None, "reward"),
+        ("llama", {"r": 4}, "reward"),
+        ("llama", {"r": 4}, "reward-lora"),
+        ("opt", None, "reward"),  # its last states are a projection, half as wide
+    ],
+)
+def test_a_value_head_on_the_policys_states(tiny_run: Any, family: str, lora: Any, reward: str) -> None:
     changes = {"models.lora": lora, "models.value_model": "trunk", "models.value_head_init": "zero"}
-    pipeline = Pipeline(tiny_run("llama", reward=reward, **changes))
+    pipeline = Pipeline(tiny_run(family, reward=reward, **changes))
     roles = pipeline.roles
     assert roles.value.backbone is roles.policy.backbone
     assert [name for name, _ in roles.trained_parameters("value")] == ["score.weight"]

@@ -12,6 +12,7 @@ from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.skeleton import PlannedSequences, tensors_of
 from quartet.memory.trace import GRADIENTS, SETUP, MemoryTrace
+from quartet.models.attention import as_in_training
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
@@ -29,7 +30,7 @@ def rollout(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         trace.stage = "correction"
         trace.enter("policy embeddings")
         plain = _scored(choices, workload)
-        with torch.no_grad():
+        with torch.no_grad(), as_in_training():
             roles.policy(plain, plain.mask(), temperature=workload.temperature)
 
 
@@ -49,7 +50,8 @@ def scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
         trace.enter("reference embeddings")
         roles.reference(sequences, mask, temperature=workload.temperature)
         trace.enter("value embeddings")
-        roles.value(sequences, mask)
+        with as_in_training():
+            roles.value(sequences, mask)
         trace.enter("reward embeddings")
         roles.reward.scores(sequences)
 

@@ -142,8 +142,9 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
 
 
 def hidden_size(info: CheckpointInfo) -> int:
-    """Features of the last hidden states."""
-    return int(info.config.get_text_config().hidden_size)
+    """Features of the last hidden states, which OPT projects."""
+    config = info.config.get_text_config()
+    return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -25,7 +25,7 @@ LONGEST = 256
 
 def use_own_attention(model: PreTrainedModel) -> None:
     """Let the attention of a model that computes with `sdpa` know sequences side by side, and take plain matrix products where
-    they are faster: short causal sequences in bfloat16 on the CPU with gradients. A decoding step is
+    they are faster: short causal sequences in bfloat16 on the CPU, where gradients are taken. A decoding step is
     `sdpa` without copies of keys; all else goes on to it unchanged."""
     if model.config._attn_implementation != "sdpa":
         return
@@ -81,6 +81,25 @@ class _Told:
                 cls.before = None
 
 
+class _Asked(threading.local):
+    """Of each thread, because two may run two models at once."""
+
+    as_in_training = False
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def as_in_training() -> Iterator[None]:
+    """Compute without gradients what is compared with a pass that has some: to the same rounding, by the same attention."""
+    before, _asked.as_in_training = _asked.as_in_training, True
+    try:
+        yield
+    finally:
+        _asked.as_in_training = before
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +141,7 @@ def short_attention(
     plain = (
         on_cpu(query)
         and _computed_in(query) == torch.bfloat16
-        and torch.is_grad_enabled()
+        and (torch.is_grad_enabled() or _asked.as_in_training)
         and attention_mask is None
         and causal
         and not dropout

@@ -115,8 +115,8 @@ class ScalarHead(nn.Module):
             return (hidden.float() @ self.weight.t()).squeeze(-1)
 
 
-def head_names(config: Any, trust_remote_code: bool) -> tuple[list[str], str]:
-    """Names of the classifier's head parameters in this family, and the prefix of its transformer.
+def head_shapes(config: Any, trust_remote_code: bool) -> tuple[dict[str, torch.Size], str]:
+    """Names and shapes of the classifier's head parameters in this family, and the prefix of its transformer.
 
     Raises:
         CheckpointError: transformers has no sequence classifier for this family.
@@ -134,7 +134,7 @@ def head_names(config: Any, trust_remote_code: bool) -> tuple[list[str], str]:
             "use a checkpoint of a family that has one"
         ) from error
     prefix = model.base_model_prefix + "."
-    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)], prefix
+    return {name: p.shape for name, p in model.named_parameters() if not name.startswith(prefix)}, prefix
 
 
 def read_score_head(info: CheckpointInfo) -> ScalarHead:
@@ -143,7 +143,8 @@ def read_score_head(info: CheckpointInfo) -> ScalarHead:
     Raises:
         CheckpointError: the head is missing, has keys that would be dropped, or does not give exactly one number.
     """
-    names, prefix = head_names(info.config, info.trust_remote_code)
+    shapes, prefix = head_shapes(info.config, info.trust_remote_code)
+    names = list(shapes)
     if info.adapter is None:
         _refuse_labels(info)
         stored = {n: (n, t) for n, t in info.tensors.items() if not n.startswith(prefix)}

@@ -23,7 +23,7 @@ from quartet.models.cache import mappable
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.continuation import attach_continuation, refuse_adapted_embeddings
 from quartet.models.fused import use_fused_layers
-from quartet.models.heads import LogitHead, ScalarHead, head_names, read_score_head
+from quartet.models.heads import LogitHead, ScalarHead, head_shapes, read_score_head
 from quartet.models.linears import use_fast_linears
 from quartet.models.offload import make_residency
 from quartet.models.plan import BackboneSpec, SharingPlan, Source, make_plan
@@ -117,9 +117,8 @@ def load_roles(
 
 def _value_head(models: ModelsConfig, score: ScalarHead, sft: CheckpointInfo) -> ScalarHead:
     if models.value_model == "trunk":
-        names, _ = head_names(sft.config, sft.trust_remote_code)
-        width = sft.config.get_text_config().hidden_size
-        return ScalarHead(torch.zeros(1, width, device=score.weight.device), names[0])
+        (name, shape), *_ = head_shapes(sft.config, sft.trust_remote_code)[0].items()
+        return ScalarHead(torch.zeros(shape, device=score.weight.device), name)
     start = score.weight if models.value_head_init == "reward" else torch.zeros_like(score.weight)
     return ScalarHead(start, score.name)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quartet.models.attention import as_in_training
 from quartet.models.roles import Roles
 from quartet.records import Rollout
 from quartet.stages.batching import SequenceTable, microbatches
@@ -29,6 +30,7 @@ def corrected(rollout: Rollout, roles: Roles, *, temperature: float, rows: int) 
     exact = torch.zeros_like(rollout.logprobs)
     roles.use("policy")
     for chosen, plain in microbatches(table, range(len(mask)), rows):
-        exact[chosen] = roles.policy(plain, mask[chosen], temperature=temperature)[0]
+        with as_in_training():
+            exact[chosen] = roles.policy(plain, mask[chosen], temperature=temperature)[0]
     gap = torch.stack([(exact - rollout.logprobs).abs().where(mask, 0.0).sum(), mask.sum()])
     return replace(rollout, logprobs=exact), gap

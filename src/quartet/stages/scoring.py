@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quartet.errors import TrainingError
+from quartet.models.attention import as_in_training
 from quartet.models.roles import Roles
 from quartet.ops.rewards import ScorePlacement, value_mask
 from quartet.records import Rollout, Scored, Sequences
@@ -57,7 +58,8 @@ def score_rollout(
         ref_logprobs[chosen] = roles.reference(sequences, mask[chosen], temperature=temperature)[0]
     roles.use("value")
     for chosen, sequences in batches():
-        values[chosen] = roles.value(sequences, values_at[chosen])
+        with as_in_training():  # the update clips its values around these
+            values[chosen] = roles.value(sequences, values_at[chosen])
     roles.use("reward")
     for chosen, sequences in batches():
         scores[chosen] = roles.reward.scores(sequences)
