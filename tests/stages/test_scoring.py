@@ -12,6 +12,7 @@ from checkpoints import EOS, plain_model
 from pipeline import Pipeline, rollout_of
 from quartet.config import PPOConfig
 from quartet.errors import TrainingError
+from quartet.models.roles import LanguageView, ScalarView
 from quartet.ops.rewards import ScorePlacement, value_mask
 from quartet.records import Scored
 from quartet.stages.advantages import compute_advantages
@@ -111,25 +112,42 @@ def test_further_sources_are_added(tiny_run: TinyRun) -> None:
     assert texts[2] == ""
 
 
+GIVERS: dict[str, tuple[Any, str, str]] = {
+    "policy": (None, "", "models.sft"),
+    "reward model": (ScalarView, "scores", "models.reward"),
+    "value model": (ScalarView, "forward", "ppo.value_learning_rate"),
+    "reference": (LanguageView, "forward", "models.sft"),
+}
+"""Who gives numbers of episodes, in which method, and the key that its message names."""
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_names_its_episode(bad: float, tiny_run: TinyRun) -> None:
+@pytest.mark.parametrize("giver", GIVERS)
+def test_a_number_that_is_not_finite_names_its_episode(
+    giver: str, bad: float, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Pipeline(tiny_run())
     rollout = rollout_of(PROMPTS, RESPONSES)
     rollout = dataclasses.replace(rollout, prompts=dataclasses.replace(rollout.prompts, episodes=(40, 41, 42, 43)))
-    scores = type(pipeline.roles.reward).scores
+    kind, method, key = GIVERS[giver]
+    if kind is None:
+        rollout.logprobs[2, 0] = bad
+    else:
+        whole = getattr(kind, method)
 
-    def spoiled(self: Any, sequences: Any) -> torch.Tensor:
-        found = scores(self, sequences)
-        found[sequences.prompt_lengths == 5] = bad
-        return found
+        def spoiled(self: Any, sequences: Any, *given: Any, **options: Any) -> Any:
+            found = whole(self, sequences, *given, **options)
+            tensor = found[0] if isinstance(found, tuple) else found
+            tensor.view(len(tensor), -1)[sequences.prompt_lengths == 5, 0] = bad
+            return found
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(pipeline.roles.reward), "scores", spoiled)
-        with pytest.raises(TrainingError, match=rf"gave {bad} to episode 42 \(prompt 'prompt 2'\)"):
-            pipeline.score(rollout)
-        held_out = dataclasses.replace(rollout.prompts, episodes=(-1, -2, -3, -4))
-        with pytest.raises(TrainingError, match=rf"gave {bad} to evaluation prompt 3 \(prompt 'prompt 2'\)"):
-            pipeline.score(dataclasses.replace(rollout, prompts=held_out))
+        monkeypatch.setattr(kind, method, spoiled)
+    said = rf"^the {giver} gave {bad} to {{}} \(prompt 'prompt 2'\); look at {key}, or"
+    with pytest.raises(TrainingError, match=said.format("episode 42")):
+        pipeline.score(rollout)
+    held_out = dataclasses.replace(rollout.prompts, episodes=(-1, -2, -3, -4))
+    with pytest.raises(TrainingError, match=said.format("evaluation prompt 3")):
+        pipeline.score(dataclasses.replace(rollout, prompts=held_out))
 
 
 def test_weights_that_are_not_finite_end_in_one_sentence(tiny_run: TinyRun) -> None:
