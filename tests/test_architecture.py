@@ -15,8 +15,10 @@ import pytest
 from pydantic import BaseModel
 
 import quartet
+from quartet.config import ppo as ppo_schema
 from quartet.config import rollout as rollout_schema
 from quartet.config import schema
+from quartet.config.load import known_keys
 
 ROOT = Path(quartet.__file__).parent
 LAYERS = (
@@ -37,7 +39,7 @@ LAYERS = (
 )
 """Each may import those before it; `__init__` and `__main__` may import all."""
 FILES = sorted(ROOT.rglob("*.py"))
-NAMED = vars(schema) | vars(rollout_schema)
+NAMED = vars(schema) | vars(rollout_schema) | vars(ppo_schema)
 SECTIONS = [value for value in NAMED.values() if isinstance(value, type) and issubclass(value, schema.Section)]
 FIELDS = sorted({(section.__name__, field) for section in SECTIONS for field in section.model_fields})
 
@@ -125,6 +127,10 @@ def attributes_read() -> set[str]:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 found.add(node.attr)
     return found
+
+
+def test_no_key_of_the_configuration_is_left_out_here() -> None:
+    assert {key.rpartition(".")[2] for key in known_keys()} == {field for _, field in FIELDS}
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)

@@ -19,6 +19,7 @@ from quartet.memory.libraries import (
     MODULES,
     QUANTIZING,
     WITH_4BIT,
+    WITH_ENGINE,
 )
 from quartet.memory.simulator import Simulator
 
@@ -197,6 +198,14 @@ def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimi
         assert (mine.gradients, mine.optimizer) == (whole.gradients / gradients, whole.optimizer / optimizer)
     # A share of a weight in a file is a copy of it.
     assert [b.mapped > 0 for b in four.backbones] == [not b.trained and weights == 1 for b in four.backbones]
+
+
+def test_a_process_engine_adds_to_what_libraries_keep(tiny_run: Any) -> None:
+    pipeline = Pipeline(tiny_run("llama"))
+    alone, many = (estimate_for(pipeline, engine=engine, world_size=2) for engine in ("none", "ddp"))
+    for phase in ("rollout", "scoring", "update"):
+        assert (alone.phase(phase).libraries, many.phase(phase).libraries) == (LIBRARIES, LIBRARIES + WITH_ENGINE)
+    assert WITH_ENGINE > 0
 
 
 @pytest.mark.parametrize(

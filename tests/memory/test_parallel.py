@@ -165,14 +165,28 @@ def test_a_run_does_as_its_plan_says() -> None:
 def test_a_run_that_goes_on_does_as_its_configuration_says_now(
     tiny_run: TinyRun, before: bool, edited: dict[str, Any], now: bool
 ) -> None:
-    pipeline = Pipeline(tiny_run(**BFLOAT16, **edited))
+    pipeline, said = Pipeline(tiny_run(**BFLOAT16, **edited)), []
     account = MemoryAccount(CPU, {"choices": {"parallel_passes": before}})
-    assert account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine) is now
-    assert not MemoryAccount(CPU).in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine)
+    assert account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine, said.append) is now
+    assert said == []
+    assert not MemoryAccount(CPU).in_parallel(
+        pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine, said.append
+    )
 
 
 def test_a_run_that_goes_on_is_refused_passes_that_cannot_be(tiny_run: TinyRun) -> None:
     pipeline = Pipeline(tiny_run(**BFLOAT16, **{"run.parallel_passes": True, "models.gradient_checkpointing": True}))
     account = MemoryAccount(CPU, {"choices": {"parallel_passes": False}})
     with pytest.raises(ConfigError, match=r"run\.parallel_passes=true, and models\.gradient_checkpointing=true"):
-        account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine)
+        account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine, print)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_single_thread_ends_them_and_says_so(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    pipeline, said = Pipeline(tiny_run(**BFLOAT16)), []
+    account = MemoryAccount(CPU, {"choices": {"parallel_passes": before}})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine, said.append)
+    assert [line.startswith("torch has one thread here") for line in said] == [True] * before

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quartet.ops.gae import gae
+from quartet.config import PPOConfig
 from quartet.ops.kl import kl_estimate
 from quartet.ops.logprobs import chunked_logprobs, entropy, token_logprobs
 from quartet.ops.losses import (
@@ -26,8 +26,10 @@ from quartet.ops.losses import (
     policy_clipped,
     value_clipped,
 )
-from quartet.ops.masking import length_mask, masked_mean, whiten
-from quartet.ops.rewards import penalise_unstopped, score_index, token_rewards, value_mask
+from quartet.ops.masking import length_mask, masked_mean
+from quartet.ops.rewards import penalise_unstopped, score_index, value_mask
+from quartet.records import Prompts, Rollout, Scored
+from quartet.stages.advantages import compute_advantages
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ppo_cases.json").read_text())
 DEGENERATE = {case["kind"]: case for case in GOLDEN["degenerate_cases"]}
@@ -79,17 +81,27 @@ def inputs(case: dict[str, Any], dtype: torch.dtype, poison: bool) -> SimpleName
 
 
 def advantaged(case: dict[str, Any], given: SimpleNamespace) -> SimpleNamespace:
-    """Rewards, advantages and returns of a case, by our functions in the order of the advantages stage."""
+    """Rewards, advantages, returns and metrics of a case, by the advantages stage, beside the scores and KL inside it."""
     config = case["config"]
+    names = ("kl_estimator", "whiten_rewards", "missing_eos_penalty", "gamma", "lam")
+    ppo = PPOConfig(**{name: config[name] for name in names}, whiten_advantages=True, score_placement="after_stop")
     out = SimpleNamespace()
     out.scores = penalise_unstopped(given.scores, given.contains_eos, config["missing_eos_penalty"])
     out.kl = kl_estimate(given.logprobs, given.ref_logprobs, config["kl_estimator"])
-    out.rewards = token_rewards(out.kl, out.scores, given.mask, kl_coef=config["kl_coef"], placement="after_stop")
-    if config["whiten_rewards"]:
-        out.rewards = whiten(out.rewards, given.value_mask, shift_mean=False)
     out.values = torch.where(given.value_mask, given.values, 0.0)
-    raw, out.returns = gae(out.rewards, out.values, gamma=config["gamma"], lam=config["lam"])
-    out.advantages = whiten(raw, given.mask, shift_mean=True)
+    count = len(given.lengths)
+    tokens = torch.tensor(case["responses"])
+    prompts = Prompts(tuple(range(count)), ("",) * count, (torch.tensor([1]),) * count)
+    rollout = Rollout(prompts, tokens, given.mask, given.logprobs, given.contains_eos, decode_steps=0)
+    # Of what a record holds outside its masks only the values are read, and those are zeros there.
+    scored = Scored(rollout, given.ref_logprobs, out.values, given.value_mask, given.scores)
+    stage = compute_advantages(scored, ppo, kl_coef=config["kl_coef"])
+    out.rewards, out.advantages, out.returns, out.metrics = (
+        stage.rewards,
+        stage.advantages,
+        stage.returns,
+        stage.metrics,
+    )
     return out
 
 
@@ -174,6 +186,7 @@ def test_metrics_in_the_old_way(case, dtype):
     check((-logprobs).sum(1).mean(), expected["mean_entropy"], dtype, "mean_entropy")
     check(non_score, expected["mean_non_score_reward"], dtype, "mean_non_score_reward")
     check(non_score + out.scores.mean(), expected["rlhf_reward"], dtype, "rlhf_reward")
+    check(torch.tensor(out.metrics["reward/total"]).double(), expected["rlhf_reward"], torch.float32, "reward/total")
 
 
 @clean_or_poisoned

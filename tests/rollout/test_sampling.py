@@ -62,6 +62,15 @@ def test_the_last_token_of_a_large_vocabulary_is_within_it() -> None:
     assert int(tokens.max()) < 50_000
 
 
+def test_log_probabilities_over_a_large_vocabulary_are_exact() -> None:
+    """In float32, though the sum inside softmax is off there."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(4, 256_000, generator=draw)
+    tokens, logprobs = sample(logits, torch.rand(4, generator=draw, dtype=torch.float64), temperature=1.0, top_p=1.0)
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("top_p", "kept"),
     [(0.39, [4]), (0.41, [1, 4]), (0.69, [1, 4]), (0.72, [1, 3, 4]), (0.9, [1, 3, 4, 5]), (1.0, [0, 1, 3, 4, 5])],

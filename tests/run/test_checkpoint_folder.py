@@ -326,6 +326,21 @@ def test_a_state_that_is_none(state: str, saved: Path) -> None:
         Weights().load(step)
 
 
+@pytest.mark.parametrize("step", [3, torch.tensor(3.0)], ids=["whole number", "tensor"])
+def test_the_step_of_an_optimizer_is_what_it_was(step: Any, folder: Path) -> None:
+    """8-bit Adam counts in a whole number, which its kernels take; AdamW in a tensor of float32."""
+    weights, others = Weights(), Weights()
+    for own, count in ((weights, step), (others, step * 0)):
+        own.optimizer = torch.optim.SGD(own.parameters.values())  # takes the state as it is given
+        for parameter in own.parameters.values():
+            own.optimizer.state[parameter] = {"step": count, "exp_avg": torch.zeros(40), "exp_avg_sq": torch.zeros(40)}
+    others.load(weights.save(folder, 1))
+    steps = [state["step"] for state in others.optimizer.state.values()]
+    assert steps == [step] * 2
+    assert {type(found) for found in steps} == {type(step)}
+    assert all(found.dtype == torch.float32 for found in steps if isinstance(found, torch.Tensor))
+
+
 def test_what_is_left_unfinished_is_not_listed(saved: Path) -> None:
     for name in (".writing-step-000003", ".removing-step-000001", "step-3", "step-00000x", "step-000003.bak"):
         (saved / name).mkdir()

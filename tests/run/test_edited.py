@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_every_key_that_may_change_is_one() -> None:
     known = set(known_keys())
     for key in MAY_CHANGE:
         assert key.replace("rewards.*.", "rewards.").removesuffix(".*") in known, key
+
+
+def test_the_keys_that_may_change_are_documented() -> None:
+    """They, and no others."""
+    text = (Path(__file__).parents[2] / "docs" / "reproducibility.md").read_text("utf-8")
+    section = text.partition("\n## What may change\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`([\w*]+(?:\.[\w*]+)+)`", section.partition("\n- ")[2])
+    assert sorted(named) == sorted(MAY_CHANGE)
 
 
 def test_fewer_iterations_than_are_done(run: Path) -> None:

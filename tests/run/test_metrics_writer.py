@@ -105,6 +105,20 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert math.isnan(second.value)
 
 
+def test_tensorboard_forgets_what_is_computed_again(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path, ["tensorboard"]) as writer:
+        for iteration in range(1, 6):
+            writer.write({"iteration": iteration, "a": iteration})
+    # Files are read in the order of their names, which begin with the second of their making.
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001"))
+    with MetricsWriter(tmp_path, ["tensorboard"], keep_through=3) as writer:
+        writer.write({"iteration": 4, "a": 40})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
 def test_tensorboard_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install quartet-rlhf\[trackers\]"):

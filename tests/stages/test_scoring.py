@@ -12,6 +12,9 @@ from checkpoints import EOS, plain_model
 from pipeline import Pipeline, rollout_of
 from quartet.config import PPOConfig
 from quartet.errors import TrainingError
+from quartet.models.roles import LanguageView, ScalarView
+from quartet.ops.rewards import ScorePlacement, value_mask
+from quartet.records import Scored
 from quartet.rewards.function import FunctionReward
 from quartet.run.setup import score_with
 from quartet.stages.advantages import compute_advantages
@@ -110,25 +113,42 @@ def test_further_sources_are_added(tiny_run: TinyRun) -> None:
     assert texts[2] == ""
 
 
+GIVERS: dict[str, tuple[Any, str, str]] = {
+    "policy": (None, "", "models.sft"),
+    "reward model": (ScalarView, "scores", "models.reward"),
+    "value model": (ScalarView, "forward", "ppo.value_learning_rate"),
+    "reference": (LanguageView, "forward", "models.sft"),
+}
+"""Who gives numbers of episodes, in which method, and the key that its message names."""
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_names_its_episode(bad: float, tiny_run: TinyRun) -> None:
+@pytest.mark.parametrize("giver", GIVERS)
+def test_a_number_that_is_not_finite_names_its_episode(
+    giver: str, bad: float, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Pipeline(tiny_run())
     rollout = rollout_of(PROMPTS, RESPONSES)
     rollout = dataclasses.replace(rollout, prompts=dataclasses.replace(rollout.prompts, episodes=(40, 41, 42, 43)))
-    scores = type(pipeline.roles.reward).scores
+    kind, method, key = GIVERS[giver]
+    if kind is None:
+        rollout.logprobs[2, 0] = bad
+    else:
+        whole = getattr(kind, method)
 
-    def spoiled(self: Any, sequences: Any) -> torch.Tensor:
-        found = scores(self, sequences)
-        found[sequences.prompt_lengths == 5] = bad
-        return found
+        def spoiled(self: Any, sequences: Any, *given: Any, **options: Any) -> Any:
+            found = whole(self, sequences, *given, **options)
+            tensor = found[0] if isinstance(found, tuple) else found
+            tensor.view(len(tensor), -1)[sequences.prompt_lengths == 5, 0] = bad
+            return found
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(pipeline.roles.reward), "scores", spoiled)
-        with pytest.raises(TrainingError, match=rf"gave {bad} to episode 42 \(prompt 'prompt 2'\)"):
-            pipeline.score(rollout)
-        held_out = dataclasses.replace(rollout.prompts, episodes=(-1, -2, -3, -4))
-        with pytest.raises(TrainingError, match=rf"gave {bad} to evaluation prompt 3 \(prompt 'prompt 2'\)"):
-            pipeline.score(dataclasses.replace(rollout, prompts=held_out))
+        monkeypatch.setattr(kind, method, spoiled)
+    said = rf"^the {giver} gave {bad} to {{}} \(prompt 'prompt 2'\); look at {key}, or"
+    with pytest.raises(TrainingError, match=said.format("episode 42")):
+        pipeline.score(rollout)
+    held_out = dataclasses.replace(rollout.prompts, episodes=(-1, -2, -3, -4))
+    with pytest.raises(TrainingError, match=said.format("evaluation prompt 3")):
+        pipeline.score(dataclasses.replace(rollout, prompts=held_out))
 
 
 def test_weights_that_are_not_finite_end_in_one_sentence(tiny_run: TinyRun) -> None:
@@ -140,28 +160,53 @@ def test_weights_that_are_not_finite_end_in_one_sentence(tiny_run: TinyRun) -> N
         pipeline.advantages(pipeline.score(pipeline.rollout()))
 
 
-def test_advantages_by_hand(tiny_run: TinyRun) -> None:
-    """Three tokens, the last of them the stop token: every number written out."""
-    pipeline = Pipeline(tiny_run())
-    rollout = rollout_of([[5, 6]], [[40, 41, EOS]], width=5)
+def scored_by_hand(placement: ScorePlacement, values: list[list[float]]) -> Scored:
+    """Three tokens, the last of them the stop token, and two that go on without one."""
+    rollout = rollout_of([[5, 6], [7]], [[40, 41, EOS], [50, 51]], width=5)
     rollout = dataclasses.replace(
-        rollout, logprobs=torch.tensor([[-1.0, -2.0, -3.0, 0.0, 0.0]]), stopped=torch.tensor([True])
+        rollout,
+        logprobs=torch.tensor([[-1.0, -2.0, -3.0, 0.0, 0.0], [-1.0, -2.0, 0.0, 0.0, 0.0]]),
+        stopped=torch.tensor([True, False]),
     )
-    scored = dataclasses.replace(
-        pipeline.score(rollout),
-        ref_logprobs=torch.tensor([[-1.5, -1.0, -3.0, 0.0, 0.0]]),
-        values=torch.tensor([[0.1, 0.2, 0.3, 0.0, 0.0]]),
-        scores=torch.tensor([2.0]),
+    return Scored(
+        rollout,
+        ref_logprobs=torch.tensor([[-1.5, -1.0, -3.0, 0.0, 0.0], [-1.0, -2.0, 0.0, 0.0, 0.0]]),
+        values=torch.tensor(values),
+        value_mask=value_mask(rollout.response_mask, placement),
+        scores=torch.tensor([2.0, 1.0]),
     )
-    ppo = PPOConfig(gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=9.0)
-    found = compute_advantages(scored, ppo, kl_coef=0.2)
-    torch.testing.assert_close(found.rewards, torch.tensor([[-0.1, 0.2, 2.0, 0.0, 0.0]]))
+
+
+BY_HAND = PPOConfig(gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=9.0)
+
+
+def test_advantages_by_hand() -> None:
+    """Every number written out."""
+    scored = scored_by_hand("stop", [[0.1, 0.2, 0.3, 0.0, 0.0], [0.0] * 5])
+    found = compute_advantages(scored, BY_HAND, kl_coef=0.2)
+    torch.testing.assert_close(found.rewards, torch.tensor([[-0.1, 0.2, 2.0, 0.0, 0.0], [0.0, -8.0, 0.0, 0.0, 0.0]]))
     # deltas: -0.1 + 0.2 - 0.1 = 0; 0.2 + 0.3 - 0.2 = 0.3; 2.0 - 0.3 = 1.7
-    torch.testing.assert_close(found.advantages, torch.tensor([[0.575, 1.15, 1.7, 0.0, 0.0]]))
-    torch.testing.assert_close(found.returns, torch.tensor([[0.675, 1.35, 2.0, 0.0, 0.0]]))
-    expected = {"reward/score": 2.0, "reward/total": 2.1, "kl/reference": -0.5, "kl/coef": 0.2, "response/length": 3.0}
+    advantages = torch.tensor([[0.575, 1.15, 1.7, 0.0, 0.0], [-4.0, -8.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found.advantages, advantages)
+    returns = torch.tensor([[0.675, 1.35, 2.0, 0.0, 0.0], [-4.0, -8.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found.returns, returns)
+    expected = {"reward/score": 1.5, "kl/reference": -0.25, "kl/coef": 0.2, "response/length": 2.5}
+    # Scores of 2 and 1 - 9, less 0.2 times -0.5 nats of the first episode.
+    expected |= {"reward/total": (2.1 - 8.0) / 2, "response/stopped_fraction": 0.5}
     assert {name: found.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert found.metrics["response/stopped_fraction"] == 1.0
+
+
+def test_after_the_stop_there_is_a_return_and_no_advantage() -> None:
+    """The score lands one step after the last token, whose value is to be learned too."""
+    scored = scored_by_hand("after_stop", [[0.1, 0.2, 0.3, 0.4, 0.0], [0.0] * 5])
+    ppo = BY_HAND.model_copy(update={"score_placement": "after_stop"})
+    found = compute_advantages(scored, ppo, kl_coef=0.2)
+    torch.testing.assert_close(found.rewards, torch.tensor([[-0.1, 0.2, 0.0, 2.0, 0.0], [0.0, 0.0, -8.0, 0.0, 0.0]]))
+    # deltas: -0.1 + 0.2 - 0.1 = 0; 0.2 + 0.3 - 0.2 = 0.3; 0.4 - 0.3 = 0.1; 2.0 - 0.4 = 1.6
+    advantages = torch.tensor([[0.375, 0.75, 0.9, 0.0, 0.0], [-2.0, -4.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found.advantages, advantages)
+    returns = torch.tensor([[0.475, 0.95, 1.2, 2.0, 0.0], [-2.0, -4.0, -8.0, 0.0, 0.0]])
+    torch.testing.assert_close(found.returns, returns)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
