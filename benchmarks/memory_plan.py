@@ -17,6 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,9 @@ def table(options: argparse.Namespace) -> None:
         print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
             if name not in known:
-                predicted, measured = predict(root, spec), measured_alone(root, spec, options.default_malloc)
+                with threads(2 if spec.get("parallel") else torch.get_num_threads()):
+                    predicted = predict(root, spec)
+                measured = measured_alone(root, spec, options.default_malloc)
                 known[name] = {"name": name, "spec": spec, "predicted": predicted, **measured}
                 rows.append(known[name])
                 save(options, rows)
@@ -92,6 +96,17 @@ def table(options: argparse.Namespace) -> None:
     print(f"largest difference in rollout, scoring and update: {worst[0]:.1%} ({worst[1]}, {worst[2]})")
     loads = max(abs(r["predicted"]["phases"]["load"]["peak"] - r["measured"]["load"]) for r in rows) / 2**20
     print(f"largest difference in load: {loads:.1f} MiB")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Plan for a process with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rows_of_before(options: argparse.Namespace) -> list[dict[str, Any]]:
