@@ -102,6 +102,7 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
         ),
         ("rewards=", "rewards=None is not possible: it should be a list of entries, such as [{url: ...}]"),
+        ("rewards=[{url: http://a.test, timeout: 1.0e10}]", "rewards.0.timeout=10000000000.0 is not possible"),
         ("rewards={url: http://a.test}", "is not possible: it should be a list of entries, such as [{url: ...}]"),
         ("models.sft=${oc.env:NOPE}", "the overrides 'models.sft=${oc.env:NOPE}' cannot be applied"),
         (

@@ -126,6 +126,18 @@ def test_redirect_is_refused_at_once(endpoint, sleeps: Sleeps, status: int) -> N
     assert len(endpoint.bodies) == 1
 
 
+def test_redirect_to_what_is_no_address_is_refused_too(endpoint, sleeps: Sleeps) -> None:
+    endpoint.answer(302, "", Location="http://[bad/")
+    with pytest.raises(RewardError, match=r"redirects to http://\[bad/, which is refused"):
+        score(endpoint.url, sleeps)
+
+
+def test_a_host_that_only_the_client_finds_impossible(sleeps: Sleeps) -> None:
+    """The client takes percent signs out of a host's name before it asks for the host."""
+    with pytest.raises(RewardError, match="failed 1 times, at last because the connection failed"):
+        score("http://a%2e%2eb/", sleeps, retries=0)
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
 def test_refusal_is_not_tried_again(endpoint, sleeps: Sleeps, status: int) -> None:
     endpoint.answer(status, "no\nsuch thing")
@@ -208,7 +220,10 @@ def test_token_that_no_header_can_hold(monkeypatch: pytest.MonkeyPatch, token: s
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "ftp://host/x", "host:80/x", "http://", "http://host:99999/", "http://[::1/", "http://a b/"],
+    [
+        *("file:///etc/passwd", "ftp://host/x", "host:80/x", "http://", "http://host:99999/", "http://[::1/"),
+        *("http://a b/", "http://a..b/x", f"http://{'a' * 64}.com/x"),
+    ],
 )
 def test_address_that_is_none(url: str) -> None:
     with pytest.raises(RewardError, match="url"):

@@ -15,6 +15,7 @@ from quartet.config.values import (
     Positive,
     PositiveInt,
     RightGradients,
+    Seconds,
     Section,
 )
 
@@ -126,7 +127,7 @@ class RewardSourceConfig(Section):
     """HTTP endpoint: receives {"prompts": [...], "responses": [...]} by POST, answers {"rewards": [...]}."""
     weight: Finite = 1.0
     """Factor of this source in the sum."""
-    timeout: Positive = 60.0
+    timeout: Seconds = 60.0
     """Seconds to wait for one batch of rewards."""
 
     @model_validator(mode="after")

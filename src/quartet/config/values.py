@@ -62,6 +62,8 @@ NonNegativeInt = Annotated[int, Field(ge=0), Number]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0.0, le=1.0e6)]
+"""A limit that threads and sockets can wait for: they refuse those of some centuries."""
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

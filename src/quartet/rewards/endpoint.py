@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from quartet.errors import QuartetError, shown
@@ -103,7 +103,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 self._refuse(error, path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # ValueError: what the client makes of some headers that nobody should send.
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise self.error(
@@ -156,6 +157,8 @@ class Endpoint:
             usable = (
                 parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
             )
+            # As the socket will: empty labels and those of over 63 characters raise.
+            (parts.hostname or "").encode("idna")
         except ValueError:
             raise self.error(f"a {self._kind}'s url has a host or port that cannot be read; correct it") from None
         if parts.username is not None:
@@ -187,7 +190,11 @@ class Endpoint:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects as HTTPError."""
+    """Leaves redirects as HTTPError, whatever their target looks like."""
 
-    def redirect_request(self, *_arguments: object) -> None:
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage
+    ) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
