@@ -245,13 +245,22 @@ def test_certificates_are_verified() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["key", "api_key", "access_token", "sig", "X-Amz-Signature", "password", "auth", "client_secret"]
+    "name",
+    [
+        *("key", "api_key", "access_token", "sig", "X-Amz-Signature", "password", "auth", "client_secret"),
+        *("apikey", "APIKEY", "AWSAccessKeyId", "X-Amz-Credential", "authToken", "token2", "userpasswd", "oauth_token"),
+    ],
 )
 def test_a_secret_in_the_url_is_refused_and_not_shown(endpoint, name: str) -> None:
     """The url is written to config.yaml."""
     with pytest.raises(RewardError, match=rf"holds a secret \({name}=\.\.\.\).* set QUARTET_REWARD_TOKEN") as caught:
         HttpReward(f"{endpoint.url}?model=x&{name}=hunter2")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "author", "keyboard", "passive", "design", "monkey"])
+def test_a_word_that_only_holds_one_for_secrets_is_none(name: str) -> None:
+    assert HttpReward(f"http://127.0.0.1:9/score?{name}=5").name == "http://127.0.0.1:9/score"
 
 
 def test_a_page_of_a_proxy_is_tried_again(endpoint, sleeps: Sleeps) -> None:

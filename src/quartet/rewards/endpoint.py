@@ -19,7 +19,13 @@ from quartet.rewards.deadline import DeadlineExceeded, call_within
 
 T = TypeVar("T")
 MAX_ANSWER_BYTES = 16 * 1024**2
-_SECRET = re.compile(r"key|token|secret|passw|credential|signature|^sig$|^auth", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SECRET = re.compile(
+    r"(access|api|auth|client|private|refresh|secret|session|subscription|user)*"
+    r"(keys?|token|secrets?|pass|passw(or)?d|passphrase|pwd|credentials?|signature|sig|o?auth|auth(enticat|orizat)ion)",
+    re.IGNORECASE,
+)
+"""One word of a parameter's name; whole, because `tokenizer`, `max_tokens` and `author` are none."""
 _QUOTED = 200
 _FIRST_PAUSE = 0.5
 _GRACE = 1.0
@@ -166,7 +172,7 @@ class Endpoint:
                 f"the url of {self._kind} {parts.hostname} holds a user name or password; leave it out and set "
                 f"{self._token_variable} instead"
             )
-        secret = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
+        secret = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _is_secret(name)]
         if secret:
             raise self.error(
                 f"the url of {self._kind} {parts.hostname} holds a secret ({secret[0]}=...), which would be written to "
@@ -187,6 +193,10 @@ class Endpoint:
                 f"{self._token_variable} holds a character that a header cannot; set it to the token alone"
             )
         return token
+
+
+def _is_secret(name: str) -> bool:
+    return any(map(_SECRET.fullmatch, _WORD.findall(name)))
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
