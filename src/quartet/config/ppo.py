@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from quartet.config.values import NonNegative, NonNegativeInt, Positive, PositiveInt, Section, UnitInterval
+from quartet.config.values import (
+    Decay,
+    Epsilon,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    UnitInterval,
+)
 
 
 class OptimizerConfig(Section):
@@ -15,9 +24,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """AdamW with decoupled weight decay. adamw8bit holds its state in 8 bit through bitsandbytes; paged_adamw8bit, on a
     GPU, also lets the state move to host memory under pressure."""
-    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decays."""
-    eps: Positive = 1.0e-5
+    eps: Epsilon = 1.0e-5
     """Adam's epsilon."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
