@@ -1,6 +1,8 @@
 """Rows of each kind of file, and errors that name the line."""
 
+import csv
 import json
+import struct
 from pathlib import Path
 
 import datasets
@@ -64,6 +66,28 @@ def test_csv_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
         (f"line 4 of {path}", "two\r\nlines"),
         (f"line 6 of {path}", ""),
     ]
+
+
+def test_csv_fields_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    found = read_rows(
+        str(write(tmp_path, "p.csv", f"prompt\n{'x' * (limit + 1)}\na\n")), column="prompt", split="train"
+    )
+    assert next(found).value == "x" * (limit + 1)
+    assert csv.field_size_limit() == limit
+    assert [row.value for row in found] == ["a"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, chat: bool) -> None:
+    ends = pyarrow.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
+    text = pyarrow.StringArray.from_buffers(3, ends, pyarrow.py_buffer(b"a\xffb"))
+    messages = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 3), text], ["role", "content"])
+    cells = pyarrow.ListArray.from_arrays([0, 1, 2, 3], messages) if chat else text
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": cells}), path)
+    with pytest.raises(DataError, match=rf"row 2 of {path} is not UTF-8 \(invalid start byte\); write the file again"):
+        rows(path)
 
 
 def test_parquet_text_and_messages(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from quartet.errors import DataError, brief, cause_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Array
 
 
 _BUFFER = 1 << 20
@@ -114,13 +116,13 @@ def _json_row(record: object, column: str, where: str) -> Row:
 def _csv_rows(path: Path, column: str) -> Iterator[Row]:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
-        header = next(reader, [])
+        header = _csv_record(reader) or []
         _check_column(column, header, str(path))
         index = header.index(column)
         while True:
             # A quoted field may span lines: the record starts one line after the last one ended.
             number = reader.line_num + 1
-            fields = next(reader, None)
+            fields = _csv_record(reader)
             if fields is None:
                 return
             if not fields:
@@ -136,6 +138,15 @@ def _csv_rows(path: Path, column: str) -> Iterator[Row]:
         raise DataError(f"line {reader.line_num} of {path} is not CSV ({brief(error)}); check its quotes") from error
 
 
+def _csv_record(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next record, its fields as long as they may be; the limit is everybody's, so that it is raised for no longer."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -145,11 +156,27 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
             _check_column(column, file.schema_arrow.names, str(path))
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column], use_threads=False):
-                for value in batch.column(column).to_pylist():
+                for value in _parquet_values(batch.column(column), number, path):
                     number += 1
                     yield Row(f"row {number} of {path}", value)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable Parquet file ({brief(error)}); write it again") from error
+
+
+def _parquet_values(cells: Array, before: int, path: Path) -> list[object]:
+    """The values of a part of the column that has `before` rows before it."""
+    try:
+        values: list[object] = cells.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        for number, cell in enumerate(cells, start=before + 1):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"row {number} of {path} is not UTF-8 ({error.reason}); write the file again with text in UTF-8"
+                ) from error
+        raise
 
 
 def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
