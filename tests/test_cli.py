@@ -132,6 +132,16 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo.adaptive_kl_horizon=3.0 is less than one iteration, rollout.batch_size=4 episodes",
         ),
         (
+            "ppo.adaptive_kl_horizon=500",
+            "ppo.adaptive_kl_horizon=500.0 is given, and nothing adapts ppo.kl_coef; set ppo.adaptive_kl_target, or leave",
+        ),
+        (
+            "data.eval_prompts=a.txt",
+            "data.eval_prompts='a.txt' is given, and data.eval_count=0 takes none of them; leave",
+        ),
+        ("data.column=text", "prompts.txt has no columns; leave it out"),
+        ("data.split=test", "prompts.txt has no splits; leave it out"),
+        (
             "ppo={adaptive_kl_target: 6, kl_coef: 0}",
             "ppo.adaptive_kl_target=6.0 multiplies ppo.kl_coef, which stays 0; start from another ppo.kl_coef",
         ),

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from quartet.errors import DataError
-from quartet.run.prompt_files import read_rows
+from quartet.run.prompt_files import read_rows, settings_read
 
 BOM = b"\xef\xbb\xbf"
 
@@ -66,6 +66,16 @@ def test_csv_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
         (f"line 4 of {path}", "two\r\nlines"),
         (f"line 6 of {path}", ""),
     ]
+
+
+def test_which_settings_a_source_is_read_by(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_dict({"prompt": ["a"]})
+    split.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "several.txt")
+    both = {"column", "split"}
+    expected = {"one": {"column"}, "several.txt": both, "p.TXT": set(), "p.csv": {"column"}, "p.parquet": {"column"}}
+    assert {name: settings_read(str(tmp_path / name)) for name in expected} == expected
+    assert settings_read("somebody/prompts") == both
 
 
 def test_csv_fields_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from quartet.config.values import (
     Seconds,
     Section,
 )
+from quartet.errors import shown
 
 
 class LoraConfig(Section):
@@ -115,6 +116,15 @@ class DataConfig(Section):
     them, but one where there are two."""
     eval_count: NonNegativeInt = 16
     """How many evaluation prompts are used, at most; 0 for none."""
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> DataConfig:
+        if self.eval_prompts is not None and self.eval_count == 0:
+            raise ValueError(
+                f"data.eval_prompts={shown(self.eval_prompts)} is given, and data.eval_count=0 takes none of them; leave one "
+                "of the two out"
+            )
+        return self
 
 
 class RewardSourceConfig(Section):

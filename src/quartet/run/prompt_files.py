@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _BUFFER = 1 << 20
 """Bytes of a Parquet column read at once; without a size Arrow reads the column of a whole row group, which may be the file."""
 
+_SPLITS = "dataset_dict.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -34,12 +36,22 @@ class Row:
     value: object
 
 
+def settings_read(source: str) -> frozenset[str]:
+    """Which of `column` and `split` `read_rows` makes use of for this source."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return frozenset({"column"} if _is_one_split(path) else {"column", "split"})
+    reader = _READERS.get(path.suffix.lower())
+    return frozenset({"column", "split"} if reader is None else {"column"} if reader is not _text_rows else ())
+
+
 def read_rows(source: str, *, column: str, split: str) -> Iterator[Row]:
     """The cells of `column` in order.
 
     `source` is a `.txt` file (a prompt a line, blank lines skipped; `column` is not used), a `.jsonl`, `.json` (lines
     or one array), `.csv` or `.parquet` file, a folder that `datasets` can load or has saved, or a data set's Hub name.
-    `split` is used for the last two. Text is UTF-8, with or without a byte order mark, with LF or CRLF.
+    `split` is used for the last two, but not for a folder that holds one saved split. Text is UTF-8, with or without a byte
+    order mark, with LF or CRLF.
 
     Raises DataError for a source that is missing or unreadable, and for a column that is not there.
     """
@@ -195,9 +207,9 @@ def _load_dataset(source: str, split: str) -> Dataset:
     folder, bars = Path(source), datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:
-        if (folder / "dataset_dict.json").is_file():
+        if (folder / _SPLITS).is_file():
             return datasets.load_from_disk(source)[split]
-        if (folder / "state.json").is_file():
+        if _is_one_split(folder):
             return datasets.load_from_disk(source)
         return datasets.load_dataset(source, split=split)
     except Exception as error:
@@ -209,6 +221,11 @@ def _load_dataset(source: str, split: str) -> Dataset:
     finally:
         if bars:
             datasets.enable_progress_bar()
+
+
+def _is_one_split(folder: Path) -> bool:
+    """Whether `datasets` saved a data set there, and not several splits by name."""
+    return (folder / "state.json").is_file() and not (folder / _SPLITS).is_file()
 
 
 def _check_column(column: str, columns: Sequence[str], where: str) -> None:
