@@ -88,6 +88,7 @@ def test_csv_fields_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) ->
     assert [row.value for row in found] == ["a"]
 
 
+@pytest.mark.usefixtures("quiet_datasets")
 @pytest.mark.parametrize("chat", [False, True])
 def test_parquet_text_that_is_not_utf8(tmp_path: Path, chat: bool) -> None:
     ends = pyarrow.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
@@ -98,6 +99,8 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path, chat: bool) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": cells}), path)
     with pytest.raises(DataError, match=rf"row 2 of {path} is not UTF-8 \(invalid start byte\); write the file again"):
         rows(path)
+    with pytest.raises(DataError, match=rf"a row after row 0 of {tmp_path} is not UTF-8 \(invalid start byte\); write"):
+        rows(tmp_path)
 
 
 def test_parquet_text_and_messages(tmp_path: Path) -> None:

@@ -195,10 +195,15 @@ def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
     data = _load_dataset(source, split)
     _check_column(column, data.column_names, f"split {split} of {source}")
     number = 0
-    for batch in data.select_columns([column]).iter(batch_size=1024):
-        for value in batch[column]:
-            number += 1
-            yield Row(f"row {number} of {source}", value)
+    try:
+        for batch in data.select_columns([column]).iter(batch_size=1024):
+            for value in batch[column]:
+                number += 1
+                yield Row(f"row {number} of {source}", value)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"a row after row {number} of {source} is not UTF-8 ({error.reason}); write it again with text in UTF-8"
+        ) from error
 
 
 def _load_dataset(source: str, split: str) -> Dataset:
