@@ -164,7 +164,7 @@ class TestConfiguration:
         "value", ["\x00", "a" * 5000, "\ud800", "..", ".", "/", "~nobody/x", "a/b", " ", "\U0010ffff"]
     )
     def test_odd_paths(self, key: str, value: str, run: Run, valid: dict[str, Any]) -> None:
-        run(json.dumps(changed(valid, {key: value})).encode())
+        run(json.dumps(changed(valid, {"data.eval_count": 1, key: value})).encode())
 
     def test_a_long_value_is_cut(self, run: Run, valid: dict[str, Any]) -> None:
         assert REACHED not in run(changed(valid, {"ppo.clip": "x" * 100_000}))

@@ -91,6 +91,10 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
         ("ppo.kl_coeff=0.1", "unknown key ppo.kl_coeff; did you mean ppo.kl_coef?"),
         ("modles.sft=x", "unknown key modles; did you mean models?"),
         ("ppo.clip=-1", "ppo.clip=-1 is not possible: input should be greater than 0"),
+        ("ppo.clip=1e300", "ppo.clip=1e+300 is not possible: float32 holds no number beyond 3.4e38"),
+        ("rewards=[{url: http://a.test, weight: -1e39}]", "rewards.0.weight=-1e+39 is not possible: float32 holds"),
+        ("ppo.optimizer.betas=[0.9,1]", "ppo.optimizer.betas.1=1 is not possible: input should be less than 1"),
+        ("ppo.optimizer.eps=1e-46", "ppo.optimizer.eps=1e-46 is not possible: input should be greater than"),
         ("ppo.lam=1.5", "ppo.lam=1.5 is not possible"),
         ("ppo.learning_rate=fast", "ppo.learning_rate='fast' is not possible"),
         ("rollout.batch_size=0", "rollout.batch_size=0 is not possible"),
@@ -102,6 +106,7 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
         ),
         ("rewards=", "rewards=None is not possible: it should be a list of entries, such as [{url: ...}]"),
+        ("rewards=[{url: http://a.test, timeout: 1.0e10}]", "rewards.0.timeout=10000000000.0 is not possible"),
         ("rewards={url: http://a.test}", "is not possible: it should be a list of entries, such as [{url: ...}]"),
         ("models.sft=${oc.env:NOPE}", "the overrides 'models.sft=${oc.env:NOPE}' cannot be applied"),
         (
@@ -126,6 +131,16 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo={minibatches: 2, adaptive_kl_target: 6, adaptive_kl_horizon: 3}",
             "ppo.adaptive_kl_horizon=3.0 is less than one iteration, rollout.batch_size=4 episodes",
         ),
+        (
+            "ppo.adaptive_kl_horizon=500",
+            "ppo.adaptive_kl_horizon=500.0 is given, and nothing adapts ppo.kl_coef; set ppo.adaptive_kl_target, or leave",
+        ),
+        (
+            "data.eval_prompts=a.txt",
+            "data.eval_prompts='a.txt' is given, and data.eval_count=0 takes none of them; leave",
+        ),
+        ("data.column=text", "prompts.txt has no columns; leave it out"),
+        ("data.split=test", "prompts.txt has no splits; leave it out"),
         (
             "ppo={adaptive_kl_target: 6, kl_coef: 0}",
             "ppo.adaptive_kl_target=6.0 multiplies ppo.kl_coef, which stays 0; start from another ppo.kl_coef",

@@ -380,7 +380,7 @@ def test_without_a_target_the_coefficient_stays(tiny_run: TinyRun) -> None:
 @pytest.mark.parametrize("target", [None, 0.05])
 def test_a_coefficient_changed_before_resuming_is_used(target: float | None, tiny_run: TinyRun) -> None:
     """As every other number of config.yaml is; one that is adapted to a target goes on from where it had come to."""
-    adaptive = {"ppo.adaptive_kl_target": target, "ppo.adaptive_kl_horizon": 10.0}
+    adaptive = {} if target is None else {"ppo.adaptive_kl_target": target, "ppo.adaptive_kl_horizon": 10.0}
     folder = train(tiny_run(**{"ppo.iterations": 1, "ppo.kl_coef": 0.3, "run.save_every": 1}, **adaptive))
     file = folder / "config.yaml"
     edited = changed(yaml.safe_load(file.read_text()), {"ppo.iterations": 2, "ppo.kl_coef": 0.7})

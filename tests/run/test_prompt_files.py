@@ -1,6 +1,8 @@
 """Rows of each kind of file, and errors that name the line."""
 
+import csv
 import json
+import struct
 from pathlib import Path
 
 import datasets
@@ -9,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from quartet.errors import DataError
-from quartet.run.prompt_files import read_rows
+from quartet.run.prompt_files import read_rows, settings_read
 
 BOM = b"\xef\xbb\xbf"
 
@@ -64,6 +66,41 @@ def test_csv_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
         (f"line 4 of {path}", "two\r\nlines"),
         (f"line 6 of {path}", ""),
     ]
+
+
+def test_which_settings_a_source_is_read_by(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_dict({"prompt": ["a"]})
+    split.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "several.txt")
+    both = {"column", "split"}
+    expected = {"one": {"column"}, "several.txt": both, "p.TXT": set(), "p.csv": {"column"}, "p.parquet": {"column"}}
+    assert {name: settings_read(str(tmp_path / name)) for name in expected} == expected
+    assert settings_read("somebody/prompts") == both
+
+
+def test_csv_fields_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    found = read_rows(
+        str(write(tmp_path, "p.csv", f"prompt\n{'x' * (limit + 1)}\na\n")), column="prompt", split="train"
+    )
+    assert next(found).value == "x" * (limit + 1)
+    assert csv.field_size_limit() == limit
+    assert [row.value for row in found] == ["a"]
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+@pytest.mark.parametrize("chat", [False, True])
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, chat: bool) -> None:
+    ends = pyarrow.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
+    text = pyarrow.StringArray.from_buffers(3, ends, pyarrow.py_buffer(b"a\xffb"))
+    messages = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 3), text], ["role", "content"])
+    cells = pyarrow.ListArray.from_arrays([0, 1, 2, 3], messages) if chat else text
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": cells}), path)
+    with pytest.raises(DataError, match=rf"row 2 of {path} is not UTF-8 \(invalid start byte\); write the file again"):
+        rows(path)
+    with pytest.raises(DataError, match=rf"a row after row 0 of {tmp_path} is not UTF-8 \(invalid start byte\); write"):
+        rows(tmp_path)
 
 
 def test_parquet_text_and_messages(tmp_path: Path) -> None:

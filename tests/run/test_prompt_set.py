@@ -108,6 +108,24 @@ def test_chat_without_a_template(tmp_path: Path, make_tokenizer) -> None:
         load(tmp_path, ["a", [user("b")]], make_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ '{x}'.format(y=1) }}", "KeyError: 'x'"),
+        ("{{ '{5}'.format(1) }}", "IndexError: .*"),
+        ("{{ 'a'.encode('nope') }}", "LookupError: unknown encoding: nope"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "OverflowError: .*"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError: .*"),
+    ],
+)
+def test_chat_whose_template_fails(tmp_path: Path, make_tokenizer, template: str, said: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=rf"line 2 of .* refused by the chat template \({said}\); change the messages"):
+        load(tmp_path, ["a", [user("b")]], tokenizer)
+
+
 def test_no_usable_prompt(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(
         DataError, match=r"no usable prompt among 3: 2 are over data.max_prompt_tokens=1 and 1 are empty"

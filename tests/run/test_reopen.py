@@ -151,7 +151,8 @@ def test_mistakes(run: Path, tmp_path: Path, library: Any, capsys: pytest.Captur
         other = changed(values, {"models.sft": str(library.path("qwen2", "sft"))})
         (copy / "config.yaml").write_text(yaml.safe_dump(other))
         refused(capsys, *command, str(copy))
-        (copy / "config.yaml").write_text(yaml.safe_dump(changed(values, {"data.eval_count": 0})))
+        without = changed(values, {"data.eval_count": 0, "data.eval_prompts": None})
+        (copy / "config.yaml").write_text(yaml.safe_dump(without))
         if command[0] == "eval":
             assert "give some with --prompts" in refused(capsys, *command, str(copy))
         damaged = copy / "checkpoints" / "step-000003" / "policy.safetensors"

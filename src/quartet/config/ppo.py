@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from quartet.config.values import NonNegative, NonNegativeInt, Positive, PositiveInt, Section, UnitInterval
+from quartet.config.values import (
+    Decay,
+    Epsilon,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    UnitInterval,
+)
+
+_HORIZON = 10_000.0
 
 
 class OptimizerConfig(Section):
@@ -15,9 +26,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """AdamW with decoupled weight decay. adamw8bit holds its state in 8 bit through bitsandbytes; paged_adamw8bit, on a
     GPU, also lets the state move to host memory under pressure."""
-    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decays."""
-    eps: Positive = 1.0e-5
+    eps: Epsilon = 1.0e-5
     """Adam's epsilon."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
@@ -49,7 +60,7 @@ class PPOConfig(Section):
     """Estimator of the per-token KL (http://joschu.net/blog/kl-approx.html)."""
     adaptive_kl_target: Positive | None = None
     """Target of the mean KL per response in nats; kl_coef is then adapted to it (arXiv 1909.08593)."""
-    adaptive_kl_horizon: Positive = 10_000.0
+    adaptive_kl_horizon: Positive = _HORIZON
     """Episodes over which the adaptive controller moves kl_coef by at most about a fifth (times e^0.2 or e^-0.2)."""
     clip: Positive = 0.2
     """The policy's ratio is clipped to [1 - clip, 1 + clip_high]."""
@@ -86,6 +97,11 @@ class PPOConfig(Section):
             raise ValueError(
                 f"ppo.adaptive_kl_target={self.adaptive_kl_target} multiplies ppo.kl_coef, which stays 0; start from another "
                 "ppo.kl_coef, or leave the target out"
+            )
+        if self.adaptive_kl_target is None and self.adaptive_kl_horizon != _HORIZON:
+            raise ValueError(
+                f"ppo.adaptive_kl_horizon={self.adaptive_kl_horizon} is given, and nothing adapts ppo.kl_coef; set "
+                "ppo.adaptive_kl_target, or leave the horizon out"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from quartet.config.values import Number, Place, Positive, PositiveInt, Probability, Section
+from quartet.config.values import Number, Place, Positive, PositiveInt, Probability, Seconds, Section
 
 
 class VllmConfig(Section):
@@ -21,7 +21,7 @@ class VllmConfig(Section):
     null takes the system's temporary folder."""
     gpu_memory_utilization: Probability = 0.3
     """colocate: the share of the device's memory that vLLM takes for its weights and cache while it generates."""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """server: seconds to wait for one response, or for the weights to be loaded."""
 
 

@@ -15,8 +15,10 @@ from quartet.config.values import (
     Positive,
     PositiveInt,
     RightGradients,
+    Seconds,
     Section,
 )
+from quartet.errors import shown
 
 
 class LoraConfig(Section):
@@ -115,6 +117,15 @@ class DataConfig(Section):
     eval_count: NonNegativeInt = 16
     """How many evaluation prompts are used, at most; 0 for none."""
 
+    @model_validator(mode="after")
+    def _evaluates(self) -> DataConfig:
+        if self.eval_prompts is not None and self.eval_count == 0:
+            raise ValueError(
+                f"data.eval_prompts={shown(self.eval_prompts)} is given, and data.eval_count=0 takes none of them; leave one "
+                "of the two out"
+            )
+        return self
+
 
 class RewardSourceConfig(Section):
     """A reward beside the reward model's; weighted and summed with it."""
@@ -126,7 +137,7 @@ class RewardSourceConfig(Section):
     """HTTP endpoint: receives {"prompts": [...], "responses": [...]} by POST, answers {"rewards": [...]}."""
     weight: Finite = 1.0
     """Factor of this source in the sum."""
-    timeout: Positive = 60.0
+    timeout: Seconds = 60.0
     """Seconds to wait for one batch of rewards."""
 
     @model_validator(mode="after")

@@ -47,6 +47,13 @@ def _nameable(given: str) -> str:
     return given
 
 
+def _in_float32(given: float) -> float:
+    """Numbers of the configuration meet tensors in float32, which refuse larger ones in the middle of a run."""
+    if abs(given) > 3.4e38:
+        raise PydanticCustomError("float32", "float32 holds no number beyond 3.4e38")
+    return given
+
+
 def _as_text(given: Any) -> Any:
     """Paths, as Python has them."""
     return os.fsdecode(given) if isinstance(given, os.PathLike) else given
@@ -59,10 +66,15 @@ RightGradients = BeforeValidator(_right_gradients)
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1), Number]
 NonNegativeInt = Annotated[int, Field(ge=0), Number]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_float32)]
+NonNegative = Annotated[Finite, Field(ge=0.0)]
+Positive = Annotated[Finite, Field(gt=0.0)]
+Seconds = Annotated[float, Field(gt=0.0, le=1.0e6)]
+"""A limit that threads and sockets can wait for: they refuse those of some centuries."""
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Epsilon = Annotated[Finite, Field(ge=1.0e-37)]
+"""What keeps a quotient finite: smaller numbers are zero in float32."""
 
 
 class Section(BaseModel):

@@ -12,6 +12,8 @@ from typing import Any
 
 from quartet.errors import CheckpointError, brief
 
+WEIGHTS_FILE = "model.safetensors"
+
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model, tokenizer and chat template of a GGUF file as a folder that `from_pretrained` reads, in float32.
@@ -55,7 +57,7 @@ def weights_digest(folder: Path) -> str:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS_FILE
     digest = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as weights:

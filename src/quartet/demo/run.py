@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from quartet.config import Config, load_config
+from quartet.demo.cached import using
 from quartet.demo.judge import vader_mean, vader_scores
 from quartet.demo.packages import DemoFiles, fetch
 from quartet.demo.prompts import evaluation_prompts, openings, write_prompts
 from quartet.demo.ratings import RatingSplit, load_ratings, split_ratings
 from quartet.demo.reward_model import RewardModelReport, ensure_reward_model
-from quartet.errors import ConfigError
+from quartet.errors import ConfigError, brief, cause_of
 from quartet.models.cache import cache_folder
 from quartet.run.folder import RunFolder
 from quartet.run.metrics import FILE_NAME, read_metrics
@@ -68,18 +71,19 @@ def run_demo(*, iterations: int | None, seed: int, out: Path | None, console: Co
         raise ConfigError(f"--seed={seed} is out of range; give 0 or more, and less than 2**63")
     vader_scores(["the judge is there"])  # before the minutes that precede its first use
     folder = out or _free_folder(Path("runs/demo"))
-    RunFolder(folder).refuse_used()
+    _refuse_unusable(RunFolder(folder))
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say("1. Model and human ratings")
-    files = fetch(cache_folder(), say)
-    split = split_ratings(load_ratings(files.ratings), seed=SPLIT_SEED)
-    say("2. Reward model")
-    reward_folder, report = ensure_reward_model(files.model, split, cache_folder(), seed=seed, say=say)
-    say("3. PPO")
-    config = _configuration(files, reward_folder, split, iterations=iterations, seed=seed, folder=folder)
+    with using(cache_folder()):
+        say("1. Model and human ratings")
+        files = fetch(cache_folder(), say)
+        split = split_ratings(load_ratings(files.ratings), seed=SPLIT_SEED)
+        say("2. Reward model")
+        reward_folder, report = ensure_reward_model(files.model, split, cache_folder(), seed=seed, say=say)
+        say("3. PPO")
+        config = _configuration(files, reward_folder, split, iterations=iterations, seed=seed, folder=folder)
     start = time.perf_counter()
     train(config, progress=Progress(console))
     result = _measure(folder, report, time.perf_counter() - start)
@@ -184,6 +188,26 @@ def _plain(text: str) -> str:
 
 def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
+
+
+def _refuse_unusable(run: RunFolder) -> None:
+    """Find out before the reward model is trained; nothing that is made for it stays."""
+    folder = run.path
+    made: list[Path] = []
+    try:
+        run.refuse_used()
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {brief(folder)} cannot be written ({cause_of(error)}); name another one with --out"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _free_folder(base: Path) -> Path:

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from quartet.errors import QuartetError, shown
@@ -19,7 +19,13 @@ from quartet.rewards.deadline import DeadlineExceeded, call_within
 
 T = TypeVar("T")
 MAX_ANSWER_BYTES = 16 * 1024**2
-_SECRET = re.compile(r"key|token|secret|passw|credential|signature|^sig$|^auth", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SECRET = re.compile(
+    r"(access|api|auth|client|private|refresh|secret|session|subscription|user)*"
+    r"(keys?|token|secrets?|pass|passw(or)?d|passphrase|pwd|credentials?|signature|sig|o?auth|auth(enticat|orizat)ion)",
+    re.IGNORECASE,
+)
+"""One word of a parameter's name; whole, because `tokenizer`, `max_tokens` and `author` are none."""
 _QUOTED = 200
 _FIRST_PAUSE = 0.5
 _GRACE = 1.0
@@ -103,7 +109,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 self._refuse(error, path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # ValueError: what the client makes of some headers that nobody should send.
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise self.error(
@@ -156,6 +163,8 @@ class Endpoint:
             usable = (
                 parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
             )
+            # As the socket will: empty labels and those of over 63 characters raise.
+            (parts.hostname or "").encode("idna")
         except ValueError:
             raise self.error(f"a {self._kind}'s url has a host or port that cannot be read; correct it") from None
         if parts.username is not None:
@@ -163,7 +172,7 @@ class Endpoint:
                 f"the url of {self._kind} {parts.hostname} holds a user name or password; leave it out and set "
                 f"{self._token_variable} instead"
             )
-        secret = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
+        secret = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _is_secret(name)]
         if secret:
             raise self.error(
                 f"the url of {self._kind} {parts.hostname} holds a secret ({secret[0]}=...), which would be written to "
@@ -186,8 +195,16 @@ class Endpoint:
         return token
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects as HTTPError."""
+def _is_secret(name: str) -> bool:
+    return any(map(_SECRET.fullmatch, _WORD.findall(name)))
 
-    def redirect_request(self, *_arguments: object) -> None:
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves redirects as HTTPError, whatever their target looks like."""
+
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage
+    ) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302

@@ -230,8 +230,6 @@ class _Encoder:
         return text, is_chat
 
     def _apply_template(self, messages: list[dict[str, Any]], where: str) -> str:
-        import jinja2
-
         if not messages:
             return ""
         if not self._tokenizer.chat_template:
@@ -239,10 +237,18 @@ class _Encoder:
                 f"{where} holds chat messages but the tokenizer of models.sft has no chat template; "
                 "set one in the checkpoint (tokenizer.chat_template), or give the prompts as text"
             )
+        import jinja2
+
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{where} is refused by the chat template ({brief(error)}); change the messages") from error
+        except Exception as error:
+            # A template is a program of somebody else's.
+            said = (
+                brief(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {brief(error)}"
+            )
+            raise DataError(
+                f"{where} is refused by the chat template ({said}); change the messages, or repair the template"
+            ) from error
         assert isinstance(text, str)
         return text
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from quartet.errors import DataError, brief, cause_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Array
 
 
 _BUFFER = 1 << 20
 """Bytes of a Parquet column read at once; without a size Arrow reads the column of a whole row group, which may be the file."""
+
+_SPLITS = "dataset_dict.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +36,22 @@ class Row:
     value: object
 
 
+def settings_read(source: str) -> frozenset[str]:
+    """Which of `column` and `split` `read_rows` makes use of for this source."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return frozenset({"column"} if _is_one_split(path) else {"column", "split"})
+    reader = _READERS.get(path.suffix.lower())
+    return frozenset({"column", "split"} if reader is None else {"column"} if reader is not _text_rows else ())
+
+
 def read_rows(source: str, *, column: str, split: str) -> Iterator[Row]:
     """The cells of `column` in order.
 
     `source` is a `.txt` file (a prompt a line, blank lines skipped; `column` is not used), a `.jsonl`, `.json` (lines
     or one array), `.csv` or `.parquet` file, a folder that `datasets` can load or has saved, or a data set's Hub name.
-    `split` is used for the last two. Text is UTF-8, with or without a byte order mark, with LF or CRLF.
+    `split` is used for the last two, but not for a folder that holds one saved split. Text is UTF-8, with or without a byte
+    order mark, with LF or CRLF.
 
     Raises DataError for a source that is missing or unreadable, and for a column that is not there.
     """
@@ -114,13 +128,13 @@ def _json_row(record: object, column: str, where: str) -> Row:
 def _csv_rows(path: Path, column: str) -> Iterator[Row]:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
-        header = next(reader, [])
+        header = _csv_record(reader) or []
         _check_column(column, header, str(path))
         index = header.index(column)
         while True:
             # A quoted field may span lines: the record starts one line after the last one ended.
             number = reader.line_num + 1
-            fields = next(reader, None)
+            fields = _csv_record(reader)
             if fields is None:
                 return
             if not fields:
@@ -136,6 +150,15 @@ def _csv_rows(path: Path, column: str) -> Iterator[Row]:
         raise DataError(f"line {reader.line_num} of {path} is not CSV ({brief(error)}); check its quotes") from error
 
 
+def _csv_record(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next record, its fields as long as they may be; the limit is everybody's, so that it is raised for no longer."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -145,21 +168,42 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
             _check_column(column, file.schema_arrow.names, str(path))
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column], use_threads=False):
-                for value in batch.column(column).to_pylist():
+                for value in _parquet_values(batch.column(column), number, path):
                     number += 1
                     yield Row(f"row {number} of {path}", value)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable Parquet file ({brief(error)}); write it again") from error
 
 
+def _parquet_values(cells: Array, before: int, path: Path) -> list[object]:
+    """The values of a part of the column that has `before` rows before it."""
+    try:
+        values: list[object] = cells.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        for number, cell in enumerate(cells, start=before + 1):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"row {number} of {path} is not UTF-8 ({error.reason}); write the file again with text in UTF-8"
+                ) from error
+        raise
+
+
 def _dataset_rows(source: str, column: str, split: str) -> Iterator[Row]:
     data = _load_dataset(source, split)
     _check_column(column, data.column_names, f"split {split} of {source}")
     number = 0
-    for batch in data.select_columns([column]).iter(batch_size=1024):
-        for value in batch[column]:
-            number += 1
-            yield Row(f"row {number} of {source}", value)
+    try:
+        for batch in data.select_columns([column]).iter(batch_size=1024):
+            for value in batch[column]:
+                number += 1
+                yield Row(f"row {number} of {source}", value)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"a row after row {number} of {source} is not UTF-8 ({error.reason}); write it again with text in UTF-8"
+        ) from error
 
 
 def _load_dataset(source: str, split: str) -> Dataset:
@@ -168,9 +212,9 @@ def _load_dataset(source: str, split: str) -> Dataset:
     folder, bars = Path(source), datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:
-        if (folder / "dataset_dict.json").is_file():
+        if (folder / _SPLITS).is_file():
             return datasets.load_from_disk(source)[split]
-        if (folder / "state.json").is_file():
+        if _is_one_split(folder):
             return datasets.load_from_disk(source)
         return datasets.load_dataset(source, split=split)
     except Exception as error:
@@ -182,6 +226,11 @@ def _load_dataset(source: str, split: str) -> Dataset:
     finally:
         if bars:
             datasets.enable_progress_bar()
+
+
+def _is_one_split(folder: Path) -> bool:
+    """Whether `datasets` saved a data set there, and not several splits by name."""
+    return (folder / "state.json").is_file() and not (folder / _SPLITS).is_file()
 
 
 def _check_column(column: str, columns: Sequence[str], where: str) -> None:

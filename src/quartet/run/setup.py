@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quartet.config import Config
+from quartet.config import Config, DataConfig
 from quartet.distributed import BackboneWeights, ProcessEngine, SingleProcess, gathers_for_rollout
-from quartet.errors import CheckpointError
+from quartet.errors import CheckpointError, ConfigError, shown
 from quartet.memory.free import free_memory
 from quartet.models.branch import layer_list
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -34,6 +34,7 @@ from quartet.rollout.sharded import ShardedRollout
 from quartet.run.allocator import return_gaps
 from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
+from quartet.run.prompt_files import settings_read
 from quartet.run.samples import evaluation_prompts
 from quartet.stages.batching import scoring_rows
 from quartet.stages.correction import corrected
@@ -77,6 +78,7 @@ def read_inputs(config: Config, say: Say, *, cut: bool = False) -> Inputs:
     """
     data = config.data
     require_trackers(config.run.trackers)
+    _refuse_unread(data)
     sft, reward, tokenizer = read_models(config, say)
 
     def read(source: str) -> PromptSet:
@@ -93,6 +95,16 @@ def read_inputs(config: Config, say: Say, *, cut: bool = False) -> Inputs:
     plan = plan_for(config.models, sft, reward)
     refuse_unmovable(config.models, plan, resolve_device(config.models.device), cut=cut)
     return Inputs(sft, reward, plan, tokenizer, prompts, evaluation, build_sources(config.rewards))
+
+
+def _refuse_unread(data: DataConfig) -> None:
+    """A setting that nothing reads is a mistake: whoever gave it expects something of it."""
+    sources = [data.prompts] + ([] if data.eval_prompts is None else [data.eval_prompts])
+    read = frozenset().union(*map(settings_read, sources))
+    for key, reason in (("column", "has no columns"), ("split", "has no splits")):
+        given = getattr(data, key)
+        if key not in read and given != DataConfig.model_fields[key].default:
+            raise ConfigError(f"data.{key}={shown(given)} is given, and {' or '.join(sources)} {reason}; leave it out")
 
 
 def read_models(config: Config, say: Say) -> tuple[CheckpointInfo, CheckpointInfo, Any]:
