@@ -25,6 +25,7 @@ from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, rea
 from quartet.run.store import Store
 from quartet.run.stored_config import CONFIG_FILE
 from quartet.run.trust import refuse_untrusted, resume_command
+from quartet.stages.bad_steps import are_finite
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 
@@ -229,7 +230,12 @@ class Session:
 
     def _keep_good_state(self, error: Exception) -> str:
         """Export, and a checkpoint where nothing has moved since the last iteration and the weights are not what failed;
-        returns the end of the sentence that says so."""
+        returns the end of the sentence that says so. Of weights that the update ruined nothing is left."""
+        if self._stage == "update" and not are_finite(self.loaded.optimizer, self.loaded.engine):
+            newest = self._store.newest()
+            return (
+                f"; go on from {newest} with: {self.resume_command}" if newest else "; there is no checkpoint before it"
+            )
         try:
             self.export()
             weights_failed = self._stage == "update" or isinstance(error, TrainingError)
