@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -355,6 +356,29 @@ def test_what_the_file_asks_for_and_is_not_there(
     config.write_text(yaml.safe_dump(changed(tiny_run(), {"models.sft": sft})))
     capsys.readouterr()
     assert sentence(main(["train", str(config), *overrides]), capsys) == said.format(file=config)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_leads_nowhere(closed: str, tmp_path: Path) -> None:
+    command = f'"$0" -m quartet report "$1" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert ("holds no run" in done.stderr) is ("2>" not in closed)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_stream_of_another_encoding_gets_numbers_for_what_it_lacks(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_run()))
+    run = tmp_path / "größe"
+    assert main(["train", str(config), f"run.dir={run}"]) == 0
+    assert f"policy: {tmp_path}/gr\\xf6\\xdfe/policy" in written.getvalue().decode("ascii")
+    assert (run / "policy").is_dir()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
