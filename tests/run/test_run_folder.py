@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
-from quartet.trainer import train
-from tiny import TinyRun
+from quartet.errors import CheckpointError
+from quartet.run.progress import Progress
+from quartet.trainer import resume, train
+from tiny import TinyRun, changed
 
 ELSEWHERE = "QUARTET_TEST_ELSEWHERE"
 
@@ -34,3 +37,48 @@ def test_a_reward_function_that_changes_the_working_directory_does_not_move_the_
     assert Path.cwd() == elsewhere
     assert not any(elsewhere.iterdir())
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints", "policy", "value"}
+
+
+class Crash(BaseException):
+    """Stands for a power cut."""
+
+
+class CrashingThird(Progress):
+    """The run ends in its third iteration."""
+
+    begun = 0
+
+    def stage(self, name: str) -> None:
+        self.begun += name == "rollout"
+        if self.begun == 3:
+            raise Crash
+
+
+def edit(run: Path, **changes: int) -> None:
+    file = run / "config.yaml"
+    file.write_text(yaml.safe_dump(changed(yaml.safe_load(file.read_text()), changes)))
+
+
+@pytest.mark.parametrize(("first", "then"), [(20, 1), (1, 20)])
+def test_a_run_without_a_checkpoint_begins_again_by_the_interval_it_had(
+    first: int, then: int, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    """Two iterations were done: 20 is what they were done under, at the start or after an edit."""
+    run = tmp_path / "run"
+    with pytest.raises(Crash):
+        train(tiny_run(**{"ppo.iterations": 4, "run.save_every": 20}), progress=CrashingThird())
+    inputs = run / "inputs.json"
+    inputs.write_text(inputs.read_text().replace('"save_every": 20', f'"save_every": {first}'))
+    edit(run, **{"run.save_every": then})
+    assert len((resume(run) / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Crash):
+        train(tiny_run(**{"ppo.iterations": 4, "run.save_every": 20}), progress=CrashingThird())
+    inputs = run / "inputs.json"
+    inputs.write_text(inputs.read_text().replace('"save_every": 20', '"save_every": 1'))
+    edit(run, **{"run.save_every": 1})
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        resume(run)

@@ -120,12 +120,16 @@ class RunFolder:
             pass
         return stream
 
-    def stopped_early(self, config: Config) -> bool:
-        """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again."""
+    def stopped_early(self, *configs: Config) -> bool:
+        """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again.
+
+        Args:
+            configs: those it may have run with.
+        """
         if list_checkpoints(self.checkpoints):
             return False
         lines = self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
-        return lines <= (config.run.save_every or config.ppo.iterations)
+        return lines <= max(config.run.save_every or config.ppo.iterations for config in configs)
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write or replace plan.json."""

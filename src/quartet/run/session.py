@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
@@ -16,7 +17,7 @@ from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint, step_of
-from quartet.run.edited import refuse_edited, refuse_fewer_iterations
+from quartet.run.edited import refuse_edited, refuse_fewer_iterations, started_with
 from quartet.run.fingerprint import fingerprints, refuse_changed, refuse_different
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
@@ -108,9 +109,7 @@ class Session:
                 with has changed.
             ConfigError: its config.yaml names code and `trust` is off, or was edited where that makes it another run.
         """
-        chosen = engine.agree(
-            lambda: choose_checkpoint(folder.checkpoints, start) if start or not folder.stopped_early(config) else None
-        )
+        chosen = engine.agree(lambda: _begin_from(folder, config, start))
         if not trust:
             engine.agree(lambda: refuse_untrusted(config, folder.path))
         engine.agree(lambda: refuse_edited(folder.inputs, config) if engine.first_here else None)
@@ -275,3 +274,9 @@ class Session:
             return self.state.kl_coef
         observed, episodes = metrics["kl/reference"], self.config.rollout.batch_size
         return adapt_kl_coef(self.state.kl_coef, observed, ppo.adaptive_kl_target, episodes, ppo.adaptive_kl_horizon)
+
+
+def _begin_from(folder: RunFolder, config: Config, start: str | None) -> Path | None:
+    """The checkpoint to go on from; None to begin again."""
+    again = start is None and folder.stopped_early(config, started_with(folder.inputs))
+    return None if again else choose_checkpoint(folder.checkpoints, start)
