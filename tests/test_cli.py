@@ -158,6 +158,11 @@ def test_resuming_where_no_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "holds no run (no config.yaml)" in sentence(main(["resume", str(folder)]), capsys)
 
 
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["resume"], ["eval"], ["report"], ["export", "--out", "x"]])
+def test_a_name_that_no_file_system_takes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "x' is too long for a path" in sentence(main([*command, "x" * 300]), capsys).replace("...", "'")
+
+
 def test_absent_column(refused: Refused, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"question": "why?"}) + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import io
 import os
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"quartet{_rank()}: {shown(error.filename)} is too long for a path; give another", file=sys.stderr)
+            return 2
         if not _output_failed():
             raise
         if isinstance(error, BrokenPipeError):
