@@ -70,8 +70,10 @@ def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") ->
     """Validate nested plain values.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, or `values` are none, such as the path of a file.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{origin}: {shown(values)} holds no values by name; for a YAML file use load_config(path)")
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
