@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from quartet.errors import CheckpointError
 from quartet.run.progress import Progress
+from quartet.run.trust import resume_command
 from quartet.trainer import resume, train
 from tiny import TinyRun, changed
 
@@ -37,6 +39,12 @@ def test_a_reward_function_that_changes_the_working_directory_does_not_move_the_
     assert Path.cwd() == elsewhere
     assert not any(elsewhere.iterdir())
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints", "policy", "value"}
+
+
+def test_advice_to_resume_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    run = tmp_path / "my runs" / "it's"
+    words = shlex.split(resume_command(run))
+    assert words == ["quartet", "resume", str(run)]
 
 
 class Crash(BaseException):
