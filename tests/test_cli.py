@@ -429,3 +429,14 @@ def test_libraries_add_nothing_to_what_is_said(tiny_run: TinyRun, tmp_path: Path
     assert done.stderr.startswith("quartet: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "WARNING" not in done.stdout
+
+
+def test_deepspeed_says_nothing_of_the_device_it_found() -> None:
+    """In a process of its own, which imports it once."""
+    pytest.importorskip("deepspeed")
+    code = (
+        "from quartet.cli import _quiet_libraries; _quiet_libraries()\n"
+        "from deepspeed.accelerator import get_accelerator; get_accelerator()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout == ""

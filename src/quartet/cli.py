@@ -190,11 +190,16 @@ def _quiet_libraries() -> None:
 
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("DS_LOG_LEVEL", "error")  # transformers imports DeepSpeed where it is installed
+    # transformers imports DeepSpeed where it is installed; its logger writes to standard output, and sets its own level.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: Any) -> bool:
+    return bool(record.levelname in ("ERROR", "CRITICAL"))
 
 
 def _train(options: argparse.Namespace) -> int:
