@@ -29,12 +29,12 @@ MAY_CHANGE = (
 _MAY_CHANGE = re.compile("|".join(re.escape(key).replace(r"\*", ".+") for key in MAY_CHANGE))
 
 
-def refuse_edited(inputs: Path, config: Config, *, within: str = "") -> None:
+def refuse_edited(inputs: Path, config: Config, *, within: tuple[str, ...] = ("",)) -> None:
     """Compare the configuration with that which the run was started with.
 
     Args:
         inputs: inputs.json of the run.
-        within: only keys that begin so.
+        within: only keys that begin with one of these.
 
     Raises:
         ConfigError: names the first key that may not change.
