@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -105,7 +106,8 @@ def test_folders_in_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
             "ppo.optimizer.warmup_iterations=1",
             "ppo.optimizer.warmup_iterations=1 leaves none of ppo.iterations=1 at the full learning rate; lower it",
         ),
-        ("rewards=", "rewards=None is not possible: it should be a list of entries, such as [{url: ...}]"),
+        ("rollout.stop=", "the override 'rollout.stop=' has no value; write rollout.stop=null for none"),
+        ("rewards=null", "rewards=None is not possible: it should be a list of entries, such as [{url: ...}]"),
         ("rewards=[{url: http://a.test, timeout: 1.0e10}]", "rewards.0.timeout=10000000000.0 is not possible"),
         ("rewards={url: http://a.test}", "is not possible: it should be a list of entries, such as [{url: ...}]"),
         ("models.sft=${oc.env:NOPE}", "the overrides 'models.sft=${oc.env:NOPE}' cannot be applied"),
@@ -170,6 +172,11 @@ def test_unusable_configuration_file(content: str, tmp_path: Path, capsys: pytes
 def test_resuming_where_no_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         assert "holds no run (no config.yaml)" in sentence(main(["resume", str(folder)]), capsys)
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["resume"], ["eval"], ["report"], ["export", "--out", "x"]])
+def test_a_name_that_no_file_system_takes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "x' is too long for a path" in sentence(main([*command, "x" * 300]), capsys).replace("...", "'")
 
 
 def test_absent_column(refused: Refused, tmp_path: Path) -> None:
@@ -372,6 +379,29 @@ def test_what_the_file_asks_for_and_is_not_there(
     assert sentence(main(["train", str(config), *overrides]), capsys) == said.format(file=config)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_leads_nowhere(closed: str, tmp_path: Path) -> None:
+    command = f'"$0" -m quartet report "$1" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert ("holds no run" in done.stderr) is ("2>" not in closed)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_stream_of_another_encoding_gets_numbers_for_what_it_lacks(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_run()))
+    run = tmp_path / "größe"
+    assert main(["train", str(config), f"run.dir={run}"]) == 0
+    assert f"policy: {tmp_path}/gr\\xf6\\xdfe/policy" in written.getvalue().decode("ascii")
+    assert (run / "policy").is_dir()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from quartet import __version__
 
@@ -415,3 +445,14 @@ def test_libraries_add_nothing_to_what_is_said(tiny_run: TinyRun, tmp_path: Path
     assert done.stderr.startswith("quartet: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "WARNING" not in done.stdout
+
+
+def test_deepspeed_says_nothing_of_the_device_it_found() -> None:
+    """In a process of its own, which imports it once."""
+    pytest.importorskip("deepspeed")
+    code = (
+        "from quartet.cli import _quiet_libraries; _quiet_libraries()\n"
+        "from deepspeed.accelerator import get_accelerator; get_accelerator()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout == ""

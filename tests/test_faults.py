@@ -235,6 +235,35 @@ def test_divergence_ends_a_run_with_its_last_good_checkpoint(
     assert_same_run(resume(run), whole)
 
 
+@pytest.mark.parametrize("changes", [{"ppo.learning_rate": 1e300}, {"ppo.optimizer": {"eps": 1e-46}}])
+def test_weights_that_a_step_makes_infinite_are_written_nowhere(
+    changes: dict[str, Any], values: dict[str, Any]
+) -> None:
+    """An eps that float32 does not know divides zero by zero where a weight has no gradient."""
+    run = Path(values["run"]["dir"])
+    with pytest.raises(
+        TrainingError, match=r"step of iteration 1 made weights that are not finite; lower .* no checkpoint"
+    ):
+        train(changed(values, {"run.save_every": 1, "run.keep": 1, **changes}))
+    assert steps(run) == []
+    assert not (run / "policy").exists()
+
+
+def test_the_checkpoint_before_weights_that_became_infinite_stays(values: dict[str, Any]) -> None:
+    run = train(changed(values, {"ppo.iterations": 2, "run.save_every": 1, "run.keep": 1}))
+    trained = (run / "policy" / "model.safetensors").read_bytes()
+    file = run / "config.yaml"
+    config = changed(yaml.safe_load(file.read_text()), {"ppo.iterations": 3, "ppo.learning_rate": 1e300})
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(TrainingError, match=r"not finite; .* go on from step-000002 with") as caught:
+        resume(run)
+    assert "weights as they were" not in str(caught.value)
+    assert steps(run) == [2]
+    assert (run / "policy" / "model.safetensors").read_bytes() == trained
+    file.write_text(yaml.safe_dump(changed(config, {"ppo.learning_rate": 1e-3})))
+    assert len(read_metrics(resume(run) / "metrics.jsonl")) == 3
+
+
 def test_bad_steps_in_a_row_are_counted_over_a_checkpoint(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

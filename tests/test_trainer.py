@@ -16,9 +16,11 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import quartet
 from checkpoints import EOS
+from quartet import errors
 from quartet.config import parse_config
-from quartet.errors import CheckpointError, TrainingError
+from quartet.errors import CheckpointError, ConfigError, TrainingError
 from quartet.memory.skeleton import PlannedSequences
 from quartet.models.roles import ScalarView
 from quartet.run.progress import Progress
@@ -48,6 +50,18 @@ def test_paths_may_be_paths(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = parse_config(changed(values, {"rollout.engine": "vllm", "rollout.vllm": {"folder": tmp_path}}))
     assert config.rollout.vllm.folder == str(tmp_path)
     assert train(values) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("given", ["run.yaml", Path("run.yaml"), None, ["models"]])
+def test_what_is_no_configuration_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"holds no values by name; for a YAML file use load_config\(path\)"):
+        train(given)
+
+
+def test_errors_of_every_kind_can_be_had_from_the_package() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert kinds <= set(quartet.__all__)
+    assert all(getattr(quartet, name) is getattr(errors, name) for name in kinds)
 
 
 class Crash(BaseException):

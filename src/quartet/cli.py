@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from quartet.errors import QuartetError, cause_of, printable, shown
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 the user's mistake, 130 interrupted)."""
+    _make_streams_usable()
     options = _parsed(arguments)
     try:
         result: int = options.command(options)
@@ -32,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quartet{_rank()}: no permission to use {shown(error.filename)}; check whose it is", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"quartet{_rank()}: {shown(error.filename)} is too long for a path; give another", file=sys.stderr)
+            return 2
         if not _output_failed():
             raise
         if isinstance(error, BrokenPipeError):
@@ -63,6 +69,16 @@ def _leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _make_streams_usable() -> None:
+    """Streams that the shell closed lead nowhere, and those whose encoding lacks a character get its number in its place."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -174,11 +190,16 @@ def _quiet_libraries() -> None:
 
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("DS_LOG_LEVEL", "error")  # transformers imports DeepSpeed where it is installed
+    # transformers imports DeepSpeed where it is installed; its logger writes to standard output, and sets its own level.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: Any) -> bool:
+    return bool(record.levelname in ("ERROR", "CRITICAL"))
 
 
 def _train(options: argparse.Namespace) -> int:

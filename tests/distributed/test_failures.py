@@ -66,6 +66,16 @@ def test_what_cannot_be_had_is_refused_by_all(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_all_see_weights_that_became_infinite(engine: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Whole or in shares."""
+    values = tiny_run(**{"distributed.engine": engine, "ppo.learning_rate": 1e300})
+    found = said(run_processes(tmp_path / "results", 2, train_run, values))
+    assert found[0] == found[1]
+    assert "an optimizer step of iteration 1 made weights that are not finite" in found[0]
+    assert not (tmp_path / "run" / "policy").exists()
+
+
 @pytest.mark.parametrize(("lacking", "speaker"), [([0, 1], ""), ([1], "process 1: ")])
 def test_deepspeed_not_installed(lacking: list[int], speaker: str, tiny_run: TinyRun, tmp_path: Path) -> None:
     """On all machines, or on one, which is named."""

@@ -18,8 +18,8 @@ from quartet.memory.libraries import (
     LIBRARIES,
     MODULES,
     QUANTIZING,
-    WITH_4BIT,
     WITH_ENGINE,
+    WITH_QUANTIZATION,
 )
 from quartet.memory.simulator import Simulator
 
@@ -238,4 +238,7 @@ def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
             pipeline.inputs.plan, replace(choices_of(pipeline.config, CPU), quantization="4bit")
         )
         assert quantized.load.libraries == pytest.approx(imported + objects + QUANTIZING["4bit"] * largest)
-        assert (estimate.phase("update").libraries, quantized.fixed("update").libraries) == (LIBRARIES, WITH_4BIT)
+        assert (estimate.phase("update").libraries, quantized.fixed("update").libraries) == (
+            LIBRARIES,
+            WITH_QUANTIZATION["4bit"],
+        )

@@ -1,5 +1,6 @@
 """metrics.jsonl is strict JSON, survives a crash and a resume, and goes to TensorBoard when asked."""
 
+import errno
 import json
 import math
 import sys
@@ -117,6 +118,27 @@ def test_tensorboard_forgets_what_is_computed_again(tmp_path: Path) -> None:
         writer.write({"iteration": 4, "a": 40})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_file_in_place_of_the_folder_of_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(CheckpointError, match=r"tensorboard could not be written .* go on from the newest checkpoint"):
+        MetricsWriter(tmp_path, ["tensorboard"])
+
+
+def test_a_disk_that_is_full_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = pytest.importorskip("tensorboard.summary.writer.record_writer")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with MetricsWriter(tmp_path, ["tensorboard"]) as writer:
+        writer.write({"iteration": 1, "a": 1.0})
+        monkeypatch.setattr(records.RecordWriter, "flush", full)
+        with pytest.raises(CheckpointError, match=r"tensorboard could not be written \(No space left on device\)"):
+            writer.write({"iteration": 2, "a": 1.0})
+    assert iterations(tmp_path) == [1, 2]
 
 
 def test_tensorboard_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

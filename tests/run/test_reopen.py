@@ -140,6 +140,33 @@ def test_what_config_yaml_names_is_asked_about(run: Path, tmp_path: Path, capsys
     assert main(["export", str(copy), "--out", str(tmp_path / "out")]) == 0  # uses none of them
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout.temperature": 5.0},
+        {"rollout.response_length": 3},
+        {"run.seed": 4},
+        {"ppo.score_placement": "after_stop"},
+    ],
+)
+def test_answers_of_another_run_are_not_passed_off_as_this_one_s(
+    change: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    values = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(changed(values, change)))
+    said = refused(capsys, "eval", str(copy))
+    assert f"{next(iter(change))}=" in said
+    assert "it would be another run; change it back" in said
+
+
+def test_prompts_in_another_column(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "a"}\n')
+    said = refused(capsys, "eval", str(run), "--prompts", str(file))
+    assert said.endswith("has no column 'prompt'; give that name to one of those it has: 'question'\n")
+
+
 def test_mistakes(run: Path, tmp_path: Path, library: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["eval"], ["export", "--out", str(tmp_path / "out")]):
         assert "holds no run" in refused(capsys, *command, str(tmp_path))

@@ -134,6 +134,9 @@ def test_where_no_report_can_be(tiny_run: Any, tmp_path: Path, capsys: pytest.Ca
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
     run = train(tiny_run(**{"data.eval_count": 1}))
+    samples = (run / "samples.jsonl").read_text()
+    (run / "samples.jsonl").write_text(samples + samples[:20])  # as a killed run leaves it
+    assert main(["report", str(run)]) == 0
     (run / "samples.jsonl").write_text("{\n")
     capsys.readouterr()
     assert main(["report", str(run)]) == 2

@@ -70,8 +70,10 @@ def parse_config(values: Mapping[str, Any], *, origin: str = "configuration") ->
     """Validate nested plain values.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, or `values` are none, such as the path of a file.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{origin}: {shown(values)} holds no values by name; for a YAML file use load_config(path)")
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
@@ -82,6 +84,9 @@ def _merged(tree: DictConfig, overrides: Sequence[str], source: Path) -> dict[st
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"the override {shown(item)} has no value; write it as dotted.key=value")
+        named, _, given = item.partition("=")
+        if not given.strip():  # such as what a shell makes of an unset variable
+            raise ConfigError(f"the override {shown(item)} has no value; write {brief(named)}=null for none")
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)

@@ -164,6 +164,10 @@ class ProcessEngine(Protocol):
         """Move the weights along the gradients."""
         ...
 
+    def held(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """This process's own parts of the trained weights, where they lie; not collective."""
+        ...
+
     def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
         """This process's own part of a trained weight with the optimizer's state, for a checkpoint."""
         ...
@@ -236,6 +240,10 @@ class SingleProcess:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step."""
         optimizer.step()
+
+    def held(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """All trained weights."""
+        return [p.detach() for group in optimizer.param_groups for p in group["params"]]
 
     def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
         """The whole weight."""

@@ -88,6 +88,10 @@ class ProcessGroup:
         """The optimizer's step, in each process on what it owns."""
         optimizer.step()
 
+    def held(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """What the optimizer moves in this process."""
+        return [local(p.detach()) for group in optimizer.param_groups for p in group["params"]]
+
     def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
         """The whole weight in the main process."""
         return piece_of(parameter, local(parameter), optimizer, own=self.rank == 0)

@@ -79,22 +79,30 @@ class Zero3(ZeroEngine):
         with self._deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone() if self.rank == 0 else None
 
+    def held(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """This process's shares, without the padding that the last of them may end in."""
+        return [self._share(p)[-1] for group in self._engine.optimizer.fp16_groups for p in group]
+
     def piece(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Piece:
         """This process's share of a weight laid out flat; the last one may end in padding."""
-        zero: Any = self._engine.optimizer
-        cut: Any = parameter
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        flat = zero.fp32_partitioned_groups_flat[group]
+        start, offset, flat, weight = self._share(parameter)
         state: dict[str, Any] = optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             for key in MOMENTS:
                 state[key] = torch.zeros_like(flat)
-        start = min(self.rank * size, cut.ds_numel)
-        count = min(size, cut.ds_numel - start)
-        tensors = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
-        parts = {key: tensor.narrow(0, offset, count) for key, tensor in tensors.items()}
-        return Piece(start, start + count, parts, state["step"], True)
+        count = weight.numel()
+        moments = {key: state[key].narrow(0, offset, count) for key in MOMENTS}
+        return Piece(start, start + count, {"weight": weight, **moments}, state["step"], True)
+
+    def _share(self, parameter: Any) -> tuple[int, int, Tensor, Tensor]:
+        """Of a weight: where this process's share begins in it; where in which flat tensor that lies; the share itself."""
+        zero: Any = self._engine.optimizer
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        flat: Tensor = zero.fp32_partitioned_groups_flat[group]
+        start = min(self.rank * size, parameter.ds_numel)
+        count = min(size, parameter.ds_numel - start)
+        return start, offset, flat, flat.detach().narrow(0, offset, count)
 
     def restored(self) -> None:
         """Nothing to do: the optimizer's shares are those that compute."""

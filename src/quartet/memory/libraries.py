@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
+
 from quartet.distributed import CUTTING
 from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.choices import Choices, Workload, torch_dtype
@@ -14,11 +16,15 @@ from quartet.models.cache import largest_to_convert
 from quartet.models.checkpoint_info import CheckpointInfo
 from quartet.models.plan import BackboneSpec, SharingPlan
 
-LIBRARIES = 24 * 2**20
+LIBRARIES = 22 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
-imported at loading). Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see benchmarks/memory_plan.py."""
-WITH_4BIT = 18 * 2**20
-"""The same where bitsandbytes computes the frozen layers in 4 bit, as measured there; 8 bit keeps as much as float32."""
+imported at loading), with one thread. Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see
+benchmarks/memory_plan.py."""
+WITH_QUANTIZATION = {"4bit": 16 * 2**20, "torchao-int8": 14 * 2**20}
+"""The same where frozen layers are quantized, as measured there; 8 bit keeps as much as float32."""
+SECOND_THREAD = 8 * 2**20
+"""What is kept beside that with two threads: 2 to 11 MiB there; four threads on two cores keep as much as two. More cores were
+not measured."""
 WITH_ENGINE = 5 * 2**20
 """On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 5 to 12 MiB with LoRA, full
 fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
@@ -92,7 +98,9 @@ def libraries_in_phases(choices: Choices, objects: float) -> float:
     Args:
         objects: `model_objects`.
     """
-    kept = WITH_4BIT if choices.quantization == "4bit" else LIBRARIES
+    # A launcher of several processes gives each one thread.
+    threads = SECOND_THREAD * (choices.engine == "none" and torch.get_num_threads() > 1)
+    kept = WITH_QUANTIZATION.get(choices.quantization or "", LIBRARIES) + threads
     if choices.dtype == "bfloat16" and choices.quantization is None:
         kept = AT_LOAD + ADAPTERS_AT_LOAD * (choices.lora is not None) + int(objects) + IN_BFLOAT16
     return kept + WITH_ENGINE * (choices.engine != "none")

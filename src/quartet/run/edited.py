@@ -29,21 +29,18 @@ MAY_CHANGE = (
 _MAY_CHANGE = re.compile("|".join(re.escape(key).replace(r"\*", ".+") for key in MAY_CHANGE))
 
 
-def refuse_edited(inputs: Path, config: Config, *, within: str = "") -> None:
+def refuse_edited(inputs: Path, config: Config, *, within: tuple[str, ...] = ("",)) -> None:
     """Compare the configuration with that which the run was started with.
 
     Args:
         inputs: inputs.json of the run.
-        within: only keys that begin so.
+        within: only keys that begin with one of these.
 
     Raises:
         ConfigError: names the first key that may not change.
         CheckpointError: `inputs` is missing or damaged.
     """
-    started = read_inputs_file(inputs).get(CONFIGURATION)
-    if not isinstance(started, dict):
-        raise CheckpointError(f"{inputs} lacks the configuration that the run was started with; restore it from a copy")
-    before = dict(by_key(parse_config(started, origin=str(inputs)).model_dump(mode="json")))
+    before = dict(by_key(started_with(inputs).model_dump(mode="json")))
     now = dict(by_key(config.model_dump(mode="json")))
     for key in (*before, *now):
         was, value = before.get(key), now.get(key)
@@ -52,6 +49,19 @@ def refuse_edited(inputs: Path, config: Config, *, within: str = "") -> None:
                 f"{key}={shown(value)} in {inputs.with_name('config.yaml')}, and the run was started with {shown(was)}: it "
                 "would be another run; change it back, or start a new one"
             )
+
+
+def started_with(inputs: Path) -> Config:
+    """The configuration that a run was started with.
+
+    Raises:
+        ConfigError: it is not valid.
+        CheckpointError: `inputs`, which holds it, is missing or damaged.
+    """
+    started = read_inputs_file(inputs).get(CONFIGURATION)
+    if not isinstance(started, dict):
+        raise CheckpointError(f"{inputs} lacks the configuration that the run was started with; restore it from a copy")
+    return parse_config(started, origin=str(inputs))
 
 
 def refuse_fewer_iterations(config: Config, done: int) -> None:

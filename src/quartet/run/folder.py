@@ -27,10 +27,12 @@ CONFIGURATION = "configuration"
 
 
 class RunFolder:
-    """Paths of one run and the small files in it."""
+    """Paths of one run and the small files in it, absolute: a reward function may change the working directory."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.expanduser(path))
+        given = os.path.expanduser(path)
+        self.path = Path(os.path.abspath(given))
+        self._given = str(Path(given))
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples.jsonl"
         self.inputs = self.path / "inputs.json"
@@ -46,14 +48,14 @@ class RunFolder:
             ConfigError: the folder holds a run or other files, or is not a folder.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"run.dir={str(self.path)!r} is a file; name a folder")
+            raise ConfigError(f"run.dir={self._given!r} is a file; name a folder")
         if (self.path / CONFIG_FILE).exists():
             raise ConfigError(
-                f"run.dir={str(self.path)!r} already holds a run; name another folder, "
+                f"run.dir={self._given!r} already holds a run; name another folder, "
                 f"or continue it with: {resume_command(self.path)}"
             )
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise ConfigError(f"run.dir={str(self.path)!r} is not empty; name a new or empty folder")
+            raise ConfigError(f"run.dir={self._given!r} is not empty; name a new or empty folder")
 
     def create(self, config: Config, plan: dict[str, Any], inputs: dict[str, str]) -> None:
         """Make the folder with config.yaml, plan.json and inputs.json (what the run is started with: fingerprints, and the
@@ -84,7 +86,7 @@ class RunFolder:
 
     def _not_written(self, error: OSError) -> ConfigError:
         return ConfigError(
-            f"run.dir={str(self.path)!r} cannot be written ({cause_of(error)}); free some space or name another folder"
+            f"run.dir={self._given!r} cannot be written ({cause_of(error)}); free some space or name another folder"
         )
 
     @contextmanager
@@ -118,12 +120,16 @@ class RunFolder:
             pass
         return stream
 
-    def stopped_early(self, config: Config) -> bool:
-        """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again."""
+    def stopped_early(self, *configs: Config) -> bool:
+        """Whether the run was stopped before its first checkpoint was due: nothing is lost by beginning again.
+
+        Args:
+            configs: those it may have run with.
+        """
         if list_checkpoints(self.checkpoints):
             return False
         lines = self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
-        return lines <= (config.run.save_every or config.ppo.iterations)
+        return lines <= max(config.run.save_every or config.ppo.iterations for config in configs)
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Write or replace plan.json."""

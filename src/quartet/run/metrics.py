@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 def require_trackers(trackers: Sequence[str]) -> None:
@@ -64,18 +65,19 @@ class MetricsWriter:
             self._file.write(_line(record))
             put_on_disk(self._file)
         if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "iteration":
-                    self._tensorboard.add_scalar(name, value, int(record["iteration"]))
-            self._tensorboard.flush()
+            with writing(self._path.with_name(TENSORBOARD)):
+                for name, value in record.items():
+                    if name != "iteration":
+                        self._tensorboard.add_scalar(name, value, int(record["iteration"]))
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Close the file and the trackers; a second call does nothing."""
-        with suppress(OSError):  # a full disk has been reported by `write`
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        for file in (self._file, tensorboard):
+            with suppress(OSError):  # a full disk has been reported by `write`
+                if file is not None:
+                    file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -140,4 +142,5 @@ def _open_tensorboard(folder: Path, keep_through: int | None) -> SummaryWriter:
             "run.trackers asks for tensorboard, which is not installed; pip install quartet-rlhf[trackers]"
         ) from error
     purge = None if keep_through is None else keep_through + 1
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    with writing(folder / TENSORBOARD):
+        return SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)

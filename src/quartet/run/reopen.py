@@ -13,7 +13,7 @@ from statistics import fmean, pstdev
 
 from quartet.config import Config, DistributedConfig
 from quartet.distributed import SingleProcess
-from quartet.errors import CheckpointError, ConfigError
+from quartet.errors import CheckpointError, ConfigError, DataError
 from quartet.models.loading import plan_for
 from quartet.models.tokenizers import refuse_long_sequences
 from quartet.records import Prompts
@@ -41,6 +41,9 @@ from quartet.run.stored_config import read_config
 from quartet.run.trust import refuse_untrusted
 
 Say = Callable[[str], None]
+_MODELS = ("models.",)
+_ANSWERS = (*_MODELS, "rollout.", "run.seed", "ppo.score_placement")
+"""What decides how a policy answers and is scored; prompts and reward sources may be others, which the user names."""
 _TRIES = 3
 """A run that goes on removes old checkpoints; the newest is then asked for again."""
 
@@ -91,6 +94,7 @@ def evaluate(
     _refuse_without_checkpoint(folder, start)
     if not trust:
         refuse_untrusted(config, folder.path)
+    refuse_edited(folder.inputs, config, within=_ANSWERS)
     inputs = read_inputs(config, say) if prompts is None else _with_prompts(config, prompts, say)
     asked = _first(inputs.evaluation, count)
     if asked is None:
@@ -122,6 +126,7 @@ def export_checkpoint(
     _refuse_without_checkpoint(folder, start)
     if not trust:
         refuse_untrusted(config, folder.path)
+    refuse_edited(folder.inputs, config, within=_MODELS)
     inputs = _without_prompts(config, say)
     loaded, _, name = _open(folder, config, inputs, say, start)
     remedy = "free some space, or name a folder on another disk with --out"
@@ -148,7 +153,10 @@ def _without_prompts(config: Config, say: Say) -> Inputs:
 
 def _with_prompts(config: Config, source: str, say: Say) -> Inputs:
     inputs = _without_prompts(config, say)
-    found = read_prompts(source, config, inputs.tokenizer, say)
+    try:
+        found = read_prompts(source, config, inputs.tokenizer, say)
+    except DataError as error:  # the run's data.column is not to be changed for a file that is asked for besides
+        raise DataError(str(error).replace("set data.column to", "give that name to")) from error
     refuse_long_sequences((inputs.sft, inputs.reward), found.longest, config.rollout.response_length)
     return replace(inputs, evaluation=evaluation_prompts(found.in_order()), sources=build_sources(config.rewards))
 
@@ -163,7 +171,6 @@ def _open(
     folder: RunFolder, config: Config, inputs: Inputs, say: Say, start: str | None
 ) -> tuple[Loaded, RunState, str]:
     """Models with a checkpoint's weights in them; the checkpoint's state and name."""
-    refuse_edited(folder.inputs, config, within="models.")
     refuse_changed(folder.inputs, model_fingerprints(inputs), whole=False)
     loaded = load_everything(config, inputs, say)
     for left in reversed(range(_TRIES)):

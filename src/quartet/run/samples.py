@@ -95,7 +95,8 @@ def _iteration(line: bytes) -> float:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All samples of a run, in order; none where there is no file.
+    """All samples of a run, in order; none where there is no file. A last line that is not whole is ignored, because a
+    killed run may leave one.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -107,5 +108,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
             if line.strip():
                 found.append({name: json.loads(line)[name] for name in Sample.__slots__})
         except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no line's end follows
+                break
             raise CheckpointError(f"line {number} of {path} is damaged ({brief(error)}); remove that line") from error
     return found

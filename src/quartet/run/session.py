@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
@@ -16,7 +17,7 @@ from quartet.run.advice import Adviser
 from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint, step_of
-from quartet.run.edited import refuse_edited, refuse_fewer_iterations
+from quartet.run.edited import refuse_edited, refuse_fewer_iterations, started_with
 from quartet.run.fingerprint import fingerprints, refuse_changed, refuse_different
 from quartet.run.folder import RunFolder
 from quartet.run.memory_account import MemoryAccount, account_for
@@ -25,6 +26,7 @@ from quartet.run.setup import Inputs, Loaded, correct_with, load_everything, rea
 from quartet.run.store import Store
 from quartet.run.stored_config import CONFIG_FILE
 from quartet.run.trust import refuse_untrusted, resume_command
+from quartet.stages.bad_steps import are_finite
 from quartet.stages.gather import everyones, own_share
 from quartet.stages.out_of_memory import is_out_of_memory, lacks_memory
 
@@ -107,9 +109,7 @@ class Session:
                 with has changed.
             ConfigError: its config.yaml names code and `trust` is off, or was edited where that makes it another run.
         """
-        chosen = engine.agree(
-            lambda: choose_checkpoint(folder.checkpoints, start) if start or not folder.stopped_early(config) else None
-        )
+        chosen = engine.agree(lambda: _begin_from(folder, config, start))
         if not trust:
             engine.agree(lambda: refuse_untrusted(config, folder.path))
         engine.agree(lambda: refuse_edited(folder.inputs, config) if engine.first_here else None)
@@ -229,7 +229,12 @@ class Session:
 
     def _keep_good_state(self, error: Exception) -> str:
         """Export, and a checkpoint where nothing has moved since the last iteration and the weights are not what failed;
-        returns the end of the sentence that says so."""
+        returns the end of the sentence that says so. Of weights that the update ruined nothing is left."""
+        if self._stage == "update" and not are_finite(self.loaded.optimizer, self.loaded.engine):
+            newest = self._store.newest()
+            return (
+                f"; go on from {newest} with: {self.resume_command}" if newest else "; there is no checkpoint before it"
+            )
         try:
             self.export()
             weights_failed = self._stage == "update" or isinstance(error, TrainingError)
@@ -269,3 +274,9 @@ class Session:
             return self.state.kl_coef
         observed, episodes = metrics["kl/reference"], self.config.rollout.batch_size
         return adapt_kl_coef(self.state.kl_coef, observed, ppo.adaptive_kl_target, episodes, ppo.adaptive_kl_horizon)
+
+
+def _begin_from(folder: RunFolder, config: Config, start: str | None) -> Path | None:
+    """The checkpoint to go on from; None to begin again."""
+    again = start is None and folder.stopped_early(config, started_with(folder.inputs))
+    return None if again else choose_checkpoint(folder.checkpoints, start)

@@ -6,6 +6,7 @@ such question.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ def resume_command(run: Path) -> str:
         named = _named(read_config(run))
     except QuartetError:
         named = []  # resuming will say what is wrong with it
-    return f"quartet resume {run}{' --trust' if named else ''}"
+    return f"quartet resume {shlex.quote(str(run))}{' --trust' if named else ''}"
 
 
 def refuse_untrusted(config: Config, run: Path) -> None:

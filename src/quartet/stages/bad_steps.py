@@ -1,4 +1,4 @@
-"""Optimizer steps that are not taken because a loss or the gradient is not finite."""
+"""Optimizer steps that are not taken because a loss or the gradient is not finite, and weights that one has ruined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
 from quartet.records import Prompts
 
@@ -26,6 +27,14 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer, step: Callable[[]
         step()
     elif not bool(bad):
         step()
+
+
+def are_finite(optimizer: torch.optim.Optimizer, engine: ProcessEngine) -> bool:
+    """Whether all trained weights are, in every process; reads each once, and waits for the device."""
+    # A sum is finite where its terms are, short of sizes that no weight has, and is faster than to ask each term.
+    sums = [part.sum(dtype=torch.float32) for part in engine.held(optimizer)]
+    broken = ~torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all()
+    return not int(engine.sum(broken.int()))
 
 
 class BadSteps:

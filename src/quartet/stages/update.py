@@ -16,7 +16,7 @@ from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.records import Advantaged, Sequences, UpdateStats
-from quartet.stages.bad_steps import BadSteps, step_unless
+from quartet.stages.bad_steps import BadSteps, are_finite, step_unless
 from quartet.stages.batching import SequenceTable, microbatches
 from quartet.stages.lanes import Lanes
 from quartet.stages.out_of_memory import is_out_of_memory, release_memory
@@ -76,7 +76,7 @@ class Updater:
 
         Raises:
             TrainingError: `ppo.max_bad_steps` in a row were not taken, or a single sequence needs more memory than there
-                is; the weights are as they were after the last good step.
+                is; the weights are as they were after the last good step. Or a step made them something not finite.
         """
         with (
             LENDER.keeping(),
@@ -96,6 +96,11 @@ class Updater:
             order = self._permutation(len(table), iteration, epoch)
             for start in range(0, len(order), count):
                 self._minibatch(batch, table, order[start : start + count], sums, guard)
+        if not are_finite(self._optimizer, self._engine):
+            raise TrainingError(
+                f"an optimizer step of iteration {iteration} made weights that are not finite; lower ppo.learning_rate, or "
+                "start a run with a larger ppo.optimizer.eps"
+            )
         skipped, in_a_row = guard.finish(
             batch.scored.rollout.prompts, lambda row: self._replay(batch, table, row), self._engine.gather
         )
