@@ -69,7 +69,8 @@ def test_what_cannot_be_had_is_refused_by_all(
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_all_see_weights_that_became_infinite(engine: str, tiny_run: TinyRun, tmp_path: Path) -> None:
     """Whole or in shares."""
-    values = tiny_run(**{"distributed.engine": engine, "ppo.learning_rate": 1e300})
+    huge = {"ppo.learning_rate": 1e30, "ppo.optimizer.weight_decay": 1e30}
+    values = tiny_run(**{"distributed.engine": engine, **huge})
     found = said(run_processes(tmp_path / "results", 2, train_run, values))
     assert found[0] == found[1]
     assert "an optimizer step of iteration 1 made weights that are not finite" in found[0]

@@ -98,8 +98,8 @@ class Updater:
                 self._minibatch(batch, table, order[start : start + count], sums, guard)
         if not are_finite(self._optimizer, self._engine):
             raise TrainingError(
-                f"an optimizer step of iteration {iteration} made weights that are not finite; lower ppo.learning_rate, or "
-                "start a run with a larger ppo.optimizer.eps"
+                f"an optimizer step of iteration {iteration} made weights that are not finite; lower ppo.learning_rate or "
+                "ppo.value_learning_rate"
             )
         skipped, in_a_row = guard.finish(
             batch.scored.rollout.prompts, lambda row: self._replay(batch, table, row), self._engine.gather
