@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--return-memory", action="store_true", help="run.return_memory: true")
     parser.add_argument("--parallel", choices=("auto", "true", "false"), default="auto", help="run.parallel_passes")
     parser.add_argument("--sample-memory", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="print what the last update's time went to")
+    parser.add_argument("--profile", action="store_true", help="keep what the last update's time went to")
     return parser.parse_args()
 
 
@@ -95,15 +94,17 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
     )
 
 
-@contextmanager
-def profiled(wanted: bool) -> Iterator[None]:
-    """Print torch's profile of the block to standard error."""
+def profiled(wanted: bool, run: Callable[[], object]) -> dict[str, Any]:
+    """Run; seconds of the block and of each operation by itself, where that is wanted."""
     if not wanted:
-        yield
-        return
+        run()
+        return {}
+    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        yield
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), file=sys.stderr)
+        run()
+        seconds = time.perf_counter() - start
+    operations = {entry.key: entry.self_cpu_time_total / 1e6 for entry in found.key_averages()}
+    return {"profile": {"seconds": seconds, "operations": operations}}
 
 
 def iteration(session: Session, updater: Updater, probe: Probe, *, profile_update: bool) -> dict[str, Any]:
@@ -119,8 +120,8 @@ def iteration(session: Session, updater: Updater, probe: Probe, *, profile_updat
     settle(config.models.device)
     probe.enter("update")
     loaded.roles.use("policy", "value")
-    with profiled(profile_update):
-        updater.update(batch, iteration=session.state.iteration + 1)
+    number = session.state.iteration + 1
+    profile_of = profiled(profile_update, lambda: updater.update(batch, iteration=number))
     settle(config.models.device)
     return_gaps()  # as `Session.timed` does
     probe.enter("between")
@@ -131,6 +132,7 @@ def iteration(session: Session, updater: Updater, probe: Probe, *, profile_updat
         "decode_steps": rollout.decode_steps,
         "score": float(scored.scores.mean()),
         "load_average": os.getloadavg()[0],
+        **profile_of,
     }
 
 
