@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep what the file of --json holds, measure what it lacks"
     )
+    parser.add_argument(
+        "--predict", action="store_true", help="predict anew what the file of --json holds, and measure nothing"
+    )
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's thresholds as they are")
     options = parser.parse_args()
     table(options)
@@ -70,9 +73,11 @@ def table(options: argparse.Namespace) -> None:
         print("bfloat16 is left out: this processor does not multiply matrices in it, and takes other paths")
         chosen = {name: spec for name, spec in chosen.items() if spec["models"]["dtype"] != "bfloat16"}
     rows: list[dict[str, Any]] = []
-    if options.resume and options.json and options.json.exists():
+    if (options.resume or options.predict) and options.json and options.json.exists():
         rows = rows_of_before(options)
     known = {row["name"]: row for row in rows}
+    if options.predict:
+        chosen = {name: spec for name, spec in chosen.items() if name in known}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         os.environ["QUARTET_CACHE"] = str(root / "cache")  # prediction and measurement see the same conversions there
@@ -83,12 +88,15 @@ def table(options: argparse.Namespace) -> None:
         print("\n| MiB, predicted / measured | " + " | ".join(PHASES) + " | exact |")
         print("|---|" + "---|" * (len(PHASES) + 1))
         for name, spec in chosen.items():
-            if name not in known:
+            if name not in known or options.predict:
                 with threads(2 if spec.get("parallel") else torch.get_num_threads()):
                     predicted = predict(root, spec)
-                measured = measured_alone(root, spec, options.default_malloc)
-                known[name] = {"name": name, "spec": spec, "predicted": predicted, **measured}
-                rows.append(known[name])
+                if options.predict:
+                    known[name]["predicted"] = predicted
+                else:
+                    measured = measured_alone(root, spec, options.default_malloc)
+                    known[name] = {"name": name, "spec": spec, "predicted": predicted, **measured}
+                    rows.append(known[name])
                 save(options, rows)
             print(line(name, known[name]["predicted"], known[name]), flush=True)
     compared = ("rollout", "scoring", "update")

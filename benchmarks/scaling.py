@@ -13,7 +13,7 @@ load/share peak while loading, over 1/N of the bytes of all backbones' weights
 Memory freed by tensors goes back to the system at once (MALLOC_MMAP_THRESHOLD_=65536, as `run.return_memory: true`), which
 costs time in every case alike.
 
-usage: python benchmarks/scaling.py [--quick] [--json FILE]
+usage: python benchmarks/scaling.py [--quick] [--json FILE] [--size S|M] [--only TEXT ...]
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def cases(quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def configuration(case: dict[str, Any], models: Path, folder: Path) -> dict[str, Any]:
+def configuration(case: dict[str, Any], checkpoints: Path, folder: Path) -> dict[str, Any]:
     """The run of a case, as a user would write it."""
     lora = {"r": LORA_RANK, "alpha": LORA_ALPHA, "target_modules": LORA_LINEARS}
     return {
         "models": {
-            "sft": str(models / "S/policy"),
-            "reward": str(models / "S/reward"),
+            "sft": str(checkpoints / "policy"),
+            "reward": str(checkpoints / "reward"),
             "sharing": case["plan"],
             "lora": lora if case["plan"] == "paired" else None,
             "dtype": "float32",
             "device": "cpu",
         },
-        "data": {"prompts": str(models / "S/prompts.jsonl"), "column": "text", "eval_count": 0},
+        "data": {"prompts": str(checkpoints / "prompts.jsonl"), "column": "text", "eval_count": 0},
         "rollout": {
             "batch_size": EPISODES * case["processes"],
             "response_length": RESPONSE,
@@ -80,7 +80,7 @@ def measure(case: dict[str, Any], options: argparse.Namespace, iterations: int) 
     """One torchrun; what each process wrote, by rank."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "run.yaml").write_text(yaml.safe_dump(configuration(case, options.models, folder)))
+        (folder / "run.yaml").write_text(yaml.safe_dump(configuration(case, options.models / options.size, folder)))
         count = case["processes"]
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         command += ["--master-port", str(free_port()), str(HERE / "scaling_worker.py"), "--iterations", str(iterations)]
@@ -143,17 +143,25 @@ def main() -> None:
     """Measure every case, print the table, write the raw figures."""
     found = parser(__doc__)
     found.set_defaults(threads=1)
+    found.add_argument("--size", choices=("S", "M"), default="S")
     options = found.parse_args()
-    make_models(options, ["S"], early=False)
+    make_models(options, [options.size], early=False)
     iterations = 2 if options.quick else 3
     versions = own_versions() | {"deepspeed": version("deepspeed")}
     print(heading({"quartet": versions}, options.threads))
     workload = f"{EPISODES} episodes a process, {RESPONSE} response tokens, 1 epoch, microbatches of {ROWS}, float32"
-    print(f"size S (15M parameters), {workload}; MiB, predicted / measured")
+    print(f"size {options.size}, {workload}; MiB, predicted / measured")
     print(
         f"{'plan engine N':18}{'seconds':>8}{'tok/s':>8} effic." + "".join(f"{p:>8} ratio" for p in PHASES) + "load/shr"
     )
-    about = {"machine": machine(), "versions": versions, "seed": SEED, "threads": options.threads, "workload": workload}
+    about = {
+        "machine": machine(),
+        "versions": versions,
+        "size": options.size,
+        "seed": SEED,
+        "threads": options.threads,
+        "workload": workload,
+    }
     rows, raw = [], []
     for case in cases(options.quick):
         if not any(text in case["name"] for text in options.only):

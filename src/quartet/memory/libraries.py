@@ -25,8 +25,8 @@ WITH_QUANTIZATION = {"4bit": 16 * 2**20, "torchao-int8": 14 * 2**20}
 SECOND_THREAD = 8 * 2**20
 """What is kept beside that with two threads: 2 to 11 MiB there; four threads on two cores keep as much as two. More cores were
 not measured."""
-WITH_ENGINE = 5 * 2**20
-"""On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 5 to 12 MiB with LoRA, full
+WITH_ENGINE = 7 * 2**20
+"""On a CPU, what a run with a process engine keeps beyond `LIBRARIES` by its third iteration: 7 to 14 MiB with LoRA, full
 fine-tuning less, in benchmarks/scaling.py. It depends little on the engine and the number of processes, and a run of that
 benchmark without an engine keeps as much; the two iterations of benchmarks/memory_plan.py, with prompts of one length, do
 not."""
