@@ -423,6 +423,7 @@ def test_failure_in_the_run_names_what_is_kept(
     save_file(weights, sft / "model.safetensors", metadata={"format": "pt"})
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(changed(tiny_run(), {"models.sft": str(sft)})))
+    capsys.readouterr()  # of writing the checkpoints
     said = sentence(main(["train", str(config)]), capsys)
     assert "the policy gave nan to episode" in said
     assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
