@@ -8,7 +8,7 @@ seconds    median wall time of an iteration after the first (which makes the opt
 peak       largest anonymous memory (RssAnon, every 2 ms) of any process in the phase, over what it held after imports, a first
            small training step and the meeting of the processes; of the iterations after the first
 ratio      what `quartet plan` predicts for a process, over the peak
-load/share peak while loading, over 1/N of the bytes of all backbones' weights
+load/share peak while loading, over 1/N of the bytes of all weights (backbones and adapters)
 
 Memory freed by tensors goes back to the system at once (MALLOC_MMAP_THRESHOLD_=65536, as `run.return_memory: true`), which
 costs time in every case alike.
@@ -35,17 +35,19 @@ from harness import HERE, heading, machine, make_models, own_versions, parser, w
 from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK
 
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+CUTTING = ("zero3", "fsdp2")
 PHASES = ("load", "rollout", "scoring", "update")
 SEED, EPISODES, ROWS, RESPONSE = 7, 8, 4, 16
 MIB = 2**20
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """Full fine-tuning under every engine and number of processes; LoRA on two."""
+    """Full fine-tuning under every engine and number of processes; LoRA on two, and on four where weights are cut."""
     counts = (1, 2) if quick else (1, 2, 4)
     found = [{"plan": "separate", "engine": engine, "processes": n} for engine in ENGINES for n in counts]
     if not quick:
         found += [{"plan": "paired", "engine": engine, "processes": 2} for engine in ENGINES]
+        found += [{"plan": "paired", "engine": engine, "processes": 4} for engine in ENGINES if engine in CUTTING]
     for case in found:
         case["name"] = f"{case['plan']} {case['engine']} {case['processes']}"
     return found
@@ -116,8 +118,8 @@ def summary(case: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any]
     for phase in PHASES[1:]:
         peaks[phase] = max(one["phases"][phase]["anonymous"] for rank in ranks for one in rank["iterations"][1:])
     predicted = {phase: main["predicted"]["phases"][phase]["peak"] for phase in PHASES}
-    cut = count if case["engine"] in ("zero3", "fsdp2") else 1
-    weights = cut * sum(backbone["weights"] for backbone in main["predicted"]["backbones"])
+    cut = count if case["engine"] in CUTTING else 1
+    weights = cut * sum(backbone["weights"] + backbone["adapters"] for backbone in main["predicted"]["backbones"])
     return {
         **case,
         "seconds": seconds,

@@ -82,6 +82,9 @@ def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
     return str(train(values))
 
 
+FUNCTIONS = (stage3.FETCH, stage3.RELEASE)
+
+
 def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, Any]:
     """A run under zero3; what its set-up made, and what is there after the first backward pass.
 
@@ -100,6 +103,11 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
         found["device"] = zero.device
         bare = [m for m in result.module.modules() if next(m.parameters(recurse=False), None) is None]
         found["hooks without weights"] = sum(len(module._forward_pre_hooks) for module in bare)
+        functions = {name: [vars(m)[name] for m in result.module.modules() if name in vars(m)] for name in FUNCTIONS}
+        found["modules"] = min(len(those) for those in functions.values())
+        found["classes"] = len(
+            {of if isinstance(of, type) else type(of) for those in functions.values() for of in those}
+        )
         return result
 
     def passed(self: Zero3, loss: Tensor, *, last: bool) -> None:

@@ -50,10 +50,16 @@ def test_masters_are_the_weights_and_gradients_come_with_the_first_backward(
     assert other["shared"]
     assert other["gradients at first"]
     assert other["hooks without weights"] > lean["hooks without weights"]
+    assert (lean["classes"], other["classes"]) == (1, 2 * other["modules"])
+    assert other["modules"] > lean["modules"] > 10
     assert len(other["said"]) == 1
     assert "is not known here" in other["said"][0]
     weights = [exported(tmp_path / name / "run") for name in ("lean", "other")]
     assert largest_difference(*weights) == 0
+
+
+def _sets_its_own_functions(self: Any, module: Any, count: list[int] = [0]) -> None:  # noqa: B006
+    """Takes the number of modules as DeepSpeed's does, but does not look for what is set already."""
 
 
 def test_what_is_expected_of_deepspeed() -> None:
@@ -66,3 +72,4 @@ def test_what_is_expected_of_deepspeed() -> None:
         assert not as_expected({key: value for key, value in optimizer.items() if key != name}, hooks)
     assert not as_expected({**optimizer, SETUP: lambda self: None}, hooks)
     assert not as_expected(optimizer, {HOOKS: lambda self, module, count: None})
+    assert not as_expected(optimizer, {HOOKS: _sets_its_own_functions})

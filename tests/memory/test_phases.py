@@ -17,7 +17,7 @@ from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.phases import PHASES, RUNS
 from quartet.memory.simulator import Simulator
 from quartet.memory.skeleton import fake_roles, tensors_of
-from quartet.memory.trace import LOGITS, FakeTensors, MemoryTrace
+from quartet.memory.trace import GRADIENTS, LOGITS, FakeTensors, MemoryTrace
 from quartet.models.checkpoint_info import read_checkpoint
 from quartet.models.layout import PackedLayout
 from quartet.models.linears import FastLinear
@@ -258,3 +258,22 @@ def test_the_rollout_holds_the_policys_adapter_twice(
     copies = estimate.phase("rollout").activations - planned().phase("rollout").activations
     adapters = next(role.adapters for role in estimate.roles if role.role == "policy")
     assert (0.8 * adapters < copies <= adapters) if twice else (copies == 0)
+
+
+@pytest.mark.parametrize(("engine", "first"), [("none", "both"), ("fsdp2", "policy"), ("ddp", "policy")])
+def test_which_gradients_are_there_in_the_policys_passes(tiny_run: Any, engine: str, first: str) -> None:
+    """An engine's gradients are dropped before a minibatch: the value's are made in its own passes, after the policy's."""
+    several = {"rollout.batch_size": 8, "ppo.minibatches": 1, "ppo.microbatch_rows": 1}
+    config = parse_config(tiny_run("llama", **several, **{"run.parallel_passes": False}))
+    estimator = estimator_for(config)
+    plan = plan_for(config.models, estimator.sft, estimator.reward)
+    choices = replace(choices_of(config, torch.device("cpu")), engine=engine, world_size=2 if engine != "none" else 1)
+    found = Simulator(estimator.sft, estimator.reward, estimator.workload).working(
+        "update", plan, choices, estimator.holdings.shapes(plan)
+    )
+    policy, value = (found.peaks[f"backward {role} last layer"][GRADIENTS] for role in ("policy", "value"))
+    backbones = {spec.task: estimator.holdings.shape(spec.task, 0) for spec in plan.backbones}
+    own = 4 * backbones["language_model"].parameters
+    assert policy == (own if first == "policy" else value)
+    head = 4 * backbones["classifier"].hidden  # the first gradient of the value's pass
+    assert value == own + 4 * backbones["classifier"].parameters + head

@@ -14,7 +14,7 @@ PIECES = Pieces(
     policy_bytes=4000,
     width=4,
     layer=100,
-    outside=300,
+    outside={"policy": 300, "reference": 300, "value": 180, "reward": 180},
     head=120,
     largest=130,
     trained=1500,
@@ -43,14 +43,52 @@ def choices(engine: str, **changes: Any) -> Choices:
             (2 * 130 + 120) * 4 + 6000 + 10 * HOOKS,
             (2 * 130 + 120) * 4 + 12000 + 10 * HOOKS,
         ),
-        # Outside of the layers, twice as it comes; three layers, and gradients of two and of what is outside of them.
-        ("fsdp2", 4000, (300 + 300) * 4, (300 + 300) * 4 + (300 + 200) * 4),
+        # At the first layer: outside of the layers and a layer, each twice.
+        ("fsdp2", 4000, (2 * 300 + 2 * 100) * 4, (2 * 300 + 2 * 100) * 4),
     ],
 )
 def test_beside_the_shares(engine: str, rollout: float, scoring: float, update: float) -> None:
     asked = choices(engine, gather_for_rollout=engine in ("zero3", "fsdp2"))
     found = [extra_bytes(phase, asked, PIECES, cuda=False) for phase in ("rollout", "scoring", "update")]
     assert found == [rollout, scoring, update]
+
+
+@pytest.mark.parametrize(
+    ("at", "numbers"),
+    [
+        ("forward policy first layer", 2 * 300 + 2 * 100),
+        ("forward policy last layer", 300 + 2 * 100),
+        ("forward policy logits", 300 + 120),
+        ("backward policy logits", 300 + 120),  # the head's gradient waits for that of the embeddings
+        ("backward policy last layer", 300 + 120 + 2 * 100 + 2 * 100),
+        ("backward policy embeddings", 300 + 120 + 100),
+        ("backward value embeddings", 180 + 100),
+        ("backward value first layer", 180 + 2 * 100 + 2 * 100),
+        ("forward value last layer", 180 + 2 * 100),
+    ],
+)
+def test_fsdp2_holds_whole_weights_and_gradients(at: str, numbers: int) -> None:
+    """A layer and the next one, the gradients of this and of the one before; what is outside throughout."""
+    assert extra_bytes("update", choices("fsdp2"), PIECES, cuda=False, at=at) == 4 * numbers
+
+
+def test_fsdp2_holds_the_last_gradients_again_while_they_are_summed() -> None:
+    """The gradient of large embeddings, which the trace sees once: in the buffer to be sent, in gloo's copy, and a share."""
+    large = replace(PIECES, outside={"value": 3000})
+    held = [
+        extra_bytes("update", choices("fsdp2"), large, cuda=cuda, at="backward value embeddings")
+        for cuda in (False, True)
+    ]
+    assert held == [4 * (2.25 * 3000 - 3000), 4 * (3000 + 100)]
+
+
+def test_fsdp2_sends_gradients_in_float32() -> None:
+    half = replace(PIECES, width=2)
+    held = extra_bytes("update", choices("fsdp2"), half, cuda=False, at="backward value first layer")
+    assert held == 2 * (180 + 3 * 100) + 4 * 100
+    adapters = replace(PIECES, full=False)
+    held = extra_bytes("update", choices("fsdp2"), adapters, cuda=False, at="backward value first layer")
+    assert held == 4 * (180 + 2 * 100)
 
 
 def test_on_a_gpu_weights_are_fetched_ahead() -> None:

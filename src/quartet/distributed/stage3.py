@@ -2,8 +2,8 @@
 
 Its optimizer copies every trained weight for masters, which mixed precision needs and trained weights in float32 do not, and
 fills gradients of all of them with zeros. Here the masters are the weights, and the gradients are made by the first backward
-pass. Its hooks, four with as many classes of their own, take 18 KiB for each module; with adapters seven modules in ten hold
-no weight that could be fetched. Here these have none.
+pass. Its hooks take 18 KiB for each module, most of it two autograd functions of each module's own; with adapters seven modules
+in ten hold no weight that could be fetched. Here these have no hooks, and the others share two functions.
 
 A DeepSpeed that does not look like the one this was written for (0.19.8) sets up in its own way.
 """
@@ -19,12 +19,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """DeepSpeed's place for each weight's gradient within the flat ones, by the weight's number (a private name)."""
 SETUP, STATES, HOOKS = "_setup_for_real_optimizer", "initialize_optimizer_states", "_register_deepspeed_module"
 """What is wrapped: DeepSpeed makes masters, states and gradients in the first, which calls the second; the third puts hooks on
 a module and those inside of it."""
+FETCH, RELEASE = "pre_bwd_fn", "post_bwd_fn"
+"""Attributes of a module under which its hooks find the autograd functions, and which they leave as they are if set."""
+TIMES = "applied_pre_backward_ref_cnt"
+"""DeepSpeed's count, at a module, of the times it ran and will be fetched for again."""
 USED = {"_create_fp32_partitions", STATES, "device", "grad_partitions_flat_buffer", GRADIENTS}
 """What the first is to use, so that wrapping it does what is meant."""
 
@@ -58,7 +63,8 @@ def as_expected(optimizer: Any, hooks: Any) -> bool:
     if not all(isinstance(function, FunctionType) for function in found):
         return False
     setup, _, register = found
-    return set(setup.__code__.co_names) >= USED and register.__defaults__ is not None
+    looked_for = {FETCH, RELEASE} <= set(register.__code__.co_consts)
+    return set(setup.__code__.co_names) >= USED and register.__defaults__ is not None and looked_for
 
 
 def make_gradients(zero: Any) -> None:
@@ -99,6 +105,8 @@ def _on_weights_only(theirs: FunctionType) -> Callable[..., None]:
 
     def register(self: Any, module: Any, count: list[int] = numbers) -> None:
         if module is self.module or next(module.parameters(recurse=False), None) is not None:
+            vars(module).setdefault(FETCH, Around(_Fetch, module, self))
+            vars(module).setdefault(RELEASE, Around(_Release, module, self))
             theirs(self, module, count=count)
             return
         module.ds_id, module.ds_recompute_parameters = count[0], set()
@@ -107,6 +115,68 @@ def _on_weights_only(theirs: FunctionType) -> Callable[..., None]:
             register(self, child, count)
 
     return register
+
+
+class Around:
+    """In place of an autograd function of a module's own: the shared one, told whose it is."""
+
+    __slots__ = ("_function", "hooks", "module")
+
+    def __init__(self, function: type[torch.autograd.Function], module: Any, hooks: Any) -> None:
+        """
+        Args:
+            hooks: DeepSpeed's object that fetches and releases weights.
+        """
+        self._function, self.module, self.hooks = function, module, hooks
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The tensor, with the module's turn in the backward pass tied to it."""
+        result: Tensor = self._function.apply(self, tensor)
+        return result
+
+
+class _Fetch(torch.autograd.Function):
+    """On what a module returns: before its backward pass its weights are fetched, once for each time that it ran."""
+
+    @staticmethod
+    def forward(around: Around, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:
+        ctx.around, _ = inputs
+        held = vars(ctx.around.module)
+        held[TIMES] = held.get(TIMES, 0) + 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        module = ctx.around.module
+        if getattr(module, TIMES) > 0:
+            ctx.around.hooks.pre_sub_module_backward_function(module)
+            setattr(module, TIMES, getattr(module, TIMES) - 1)
+        return None, *gradients
+
+
+class _Release(torch.autograd.Function):
+    """On what a module is given: when the gradients of all of it are known, its weights are released."""
+
+    @staticmethod
+    def forward(around: Around, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:
+        ctx.around, given = inputs
+        if given.requires_grad:
+            ctx.around.module.ds_grads_remaining += 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        module = ctx.around.module
+        module.ds_grads_remaining -= 1
+        if module.ds_grads_remaining == 0:
+            ctx.around.hooks.post_sub_module_backward_function(module)
+        return None, *gradients
 
 
 @contextmanager

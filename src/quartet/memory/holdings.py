@@ -179,7 +179,7 @@ class Holdings:
         shapes = {spec: self.shape(spec.task, self._owner(plan, spec).frozen_layers) for spec in plan.backbones}
         adapters = [self._adapter(spec, a.name, choices) for spec in shapes for a in spec.adapters if a.trainable]
         policy = next(spec for spec in plan.backbones if spec.name == plan.view("policy").backbone)
-        return pieces_of(shapes, adapters, self.whole(policy, choices), choices)
+        return pieces_of(plan, shapes, adapters, self.whole(policy, choices), choices)
 
     def whole(self, spec: BackboneSpec, choices: Choices) -> int:
         """Numbers of a backbone, adapters included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,11 @@ def scoring(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Worklo
 
 
 def update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workload) -> None:
-    """One microbatch, after others of its minibatch where there are several: their gradients are there then."""
+    """One microbatch, after others of its minibatch where there are several: their gradients are there then.
+
+    Alone a process adds to the gradients that it has, those of the role whose turn has not come included. Engines let go of
+    them all and get them anew, one role after the other.
+    """
     count = workload.minibatch_rows(choices.world_size)
     rows = min(choices.microbatch_rows, count)
     trainable = [p for p in tensors_of(roles) if p.requires_grad]
@@ -65,14 +69,11 @@ def update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workloa
     trace.stage = SETUP
     trace.enter("trunk")
     roles.trunk_states(PlannedSequences.of(1, 1, 1))  # scoring did, and what the layers return is known from then on
-    if count > rows:
-        trace.enter("gradients")
-        for parameter in trainable:
-            parameter.grad = torch.empty_like(parameter)
-        trace.mark([p.grad for p in trainable if p.grad is not None], GRADIENTS)
-    plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     one_pass = roles.trained.one_pass or choices.engine in TOGETHER
     alone = choices.engine == "none"
+    if count > rows and (one_pass or alone):
+        _have_gradients(trace, trainable)
+    plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     keeps = alone and not choices.checkpointing
     with LENDER.keeping(), CONVERTED.keeping(keeps), IN_PLACE.added(alone and choices.device == "cpu"):
         if one_pass:
@@ -80,10 +81,24 @@ def update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workloa
         elif choices.parallel_passes:
             _both(trace, roles, plain, workload)
         else:
-            for role in ("policy", "value"):
+            for role, backbone in (("policy", roles.policy.backbone), ("value", roles.value.backbone)):
+                if count > rows and not alone:
+                    own = {id(parameter) for parameter in backbone.model.parameters()}
+                    _have_gradients(trace, [p for p in trainable if id(p) in own])
                 _pass(trace, roles, role, plain, workload)
     for handle in handles:
         handle.remove()
+
+
+def _have_gradients(trace: MemoryTrace, parameters: Sequence[Tensor]) -> None:
+    """Earlier microbatches left the gradients of these, where there are none yet."""
+    stage, trace.stage = trace.stage, SETUP
+    trace.enter("gradients")
+    new = [parameter for parameter in parameters if parameter.grad is None]
+    for parameter in new:
+        parameter.grad = torch.empty_like(parameter)
+    trace.mark([p.grad for p in new if p.grad is not None], GRADIENTS)
+    trace.stage = stage
 
 
 def _pass(trace: MemoryTrace, roles: Roles, role: str, plain: PlannedSequences, workload: Workload) -> None:

@@ -16,9 +16,9 @@ from quartet.models.plan import BackboneSpec, SharingPlan
 
 FLOAT = 4
 """Bytes of a float32: trained weights and all gradients."""
-HOOKS = 18 * 2**10
-"""Bytes of host memory for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it, each with a class of its own
-(the anonymous memory that putting them on takes, over their number)."""
+HOOKS = 6 * 2**10
+"""Bytes of host memory for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it (the anonymous memory that
+putting them on takes, over their number)."""
 
 
 def shards(choices: Choices) -> int:
@@ -48,8 +48,8 @@ class Pieces:
     """Bytes of a number that travels."""
     layer: int
     """The largest decoder layer."""
-    outside: int
-    """What is outside of the decoder layers (embeddings, last norm, LM head), where that is most."""
+    outside: Mapping[str, int]
+    """By role, what is outside of the decoder layers of its backbone: embeddings, last norm, LM head."""
     head: int
     """The LM head."""
     largest: int
@@ -65,23 +65,29 @@ class Pieces:
 
 
 def pieces_of(
-    shapes: Mapping[BackboneSpec, BackboneShape], adapters: Sequence[TensorSizes], whole: int, choices: Choices
+    plan: SharingPlan,
+    shapes: Mapping[BackboneSpec, BackboneShape],
+    adapters: Sequence[TensorSizes],
+    whole: int,
+    choices: Choices,
 ) -> Pieces:
     """The sizes of a plan.
 
     Args:
+        shapes: of the plan's backbones.
         adapters: those that are trained.
         whole: numbers of the policy's backbone, adapters included.
     """
     trained = [math.prod(s.tensors[name]) for spec, s in shapes.items() if spec.trainable for name in s.trained]
     full = any(spec.trainable for spec in shapes)
+    outside = {spec.name: shape.outside for spec, shape in shapes.items()}
     # fsdp2 sends what the computation needs, ZeRO-3 what it holds.
     width = FLOAT if choices.engine == "zero3" and full else torch_dtype(choices.dtype).itemsize
     return Pieces(
         policy_bytes=whole * width,
         width=width,
         layer=max(shape.largest_layer for shape in shapes.values()),
-        outside=max(shape.outside for shape in shapes.values()),
+        outside={view.role: outside[view.backbone] for view in plan.views},
         head=max(shape.count(shape.head) for shape in shapes.values()),
         largest=max(math.prod(size) for shape in shapes.values() for size in shape.tensors.values()),
         trained=sum(trained) + sum(sizes.parameters for sizes in adapters),
@@ -118,19 +124,31 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
         # One weight, and the parts that it was put together from; the LM head; on a GPU what is fetched ahead.
         gathered = (2 * pieces.largest + pieces.head + travel.ahead) * pieces.width
         return gathered + kept + summed
-    # A layer, and the buffer that it or the next one comes in; what is outside of the layers stays for the whole pass.
-    gathered = (pieces.outside + max(2 * pieces.layer, pieces.outside)) * pieces.width
-    if phase == "scoring" and choices.offload != "none":
-        gathered += max(pieces.layer, pieces.outside) * pieces.width // choices.world_size  # a share on its way
-    if phase != "update":
-        return gathered
-    if "logits" in at:  # between forward and backward: no layer is there
-        return pieces.outside * pieces.width + (pieces.head * FLOAT if pieces.full else 0)
-    # Backward: another layer is fetched ahead, and a layer's gradients are whole, once as they come and once to be sent.
-    gathered = (pieces.outside + 3 * pieces.layer) * pieces.width
-    if pieces.full:
-        gathered += max(pieces.outside + 2 * pieces.layer, 2 * pieces.outside - 3 * pieces.layer) * FLOAT
-    return gathered
+    return _fsdp2_bytes(phase, choices, pieces, cuda=cuda, at=at)
+
+
+def _fsdp2_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at: str) -> float:
+    """Whole weights and gradients of `fully_shard`, as far as the trace does not see them.
+
+    What is outside of the layers is whole for the whole pass, and a layer while it runs; each comes in a buffer as large as
+    itself, which stays until the next one has come. In the backward pass the next layer is on its way while a layer's
+    gradients are made, and those of the layer before, in the dtype they are added in, are on theirs.
+    """
+    outside = next((n for role, n in pieces.outside.items() if role in at), max(pieces.outside.values()))
+    root, layer = outside * pieces.width, pieces.layer * pieces.width
+    # Without an LM head of its own the first gradient waits for the embeddings' second one in autograd, where it is seen.
+    head = pieces.head * pieces.width if pieces.full and "policy" in at else 0
+    sent = pieces.layer * FLOAT if pieces.full else 0
+    if "logits" in at or at.endswith("start"):  # between forward and backward: no layer is there
+        return root + head
+    if not at.startswith("backward"):
+        away = max(layer, root) // choices.world_size if phase == "scoring" and choices.offload != "none" else 0
+        return root + 2 * layer + away + (root if at.endswith(("embeddings", "first layer")) or not at else 0)
+    if not at.endswith("embeddings"):
+        return root + head + 2 * layer + (layer + sent if pieces.full else 0)
+    # The last gradients are whole in the dtype that they are added in, in a buffer and, over gloo, in its copy.
+    summed = ((1 if cuda else 2) + 1 / choices.world_size) * outside * FLOAT if pieces.full else 0
+    return max(root + head + sent, summed - (root - head))
 
 
 def _sums(at: str, *, one_bucket: bool) -> bool:

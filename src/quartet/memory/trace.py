@@ -181,7 +181,8 @@ class FakeTensors(FakeTensorMode):
 
 @dataclass
 class LayerLabels:
-    """Enters a label of a trace at each decoder layer, in the forward and in the backward pass.
+    """Enters a label of a trace at each decoder layer, in the forward and in the backward pass, and where the gradient of the
+    embeddings begins.
 
     Only the first and the last layer get labels of their own: from layer to layer the live bytes change by the same
     amount, so that the largest are at one of the two ends, and there they are linear in the number of layers.
@@ -199,6 +200,7 @@ class LayerLabels:
                 place = "frozen layers"
             self.handles.append(layer.register_forward_pre_hook(self._forward(name, place)))
             self.handles.append(layer.register_forward_hook(self._backward(name, place)))
+        self.handles.append(layers[0].register_forward_pre_hook(self._end(name), with_kwargs=True))
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -213,12 +215,20 @@ class LayerLabels:
 
     def _backward(self, name: Any, place: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            label = f"{name()} {place}"
-            if isinstance(states, Tensor) and states.requires_grad:
-                states.register_hook(lambda _: self.trace.enter(label))
+            self._when_known(output[0] if isinstance(output, tuple) else output, f"{name()} {place}")
 
         return hook
+
+    def _end(self, name: Any) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._when_known(args[0] if args else kwargs.get("hidden_states"), f"{name()} embeddings")
+
+        return hook
+
+    def _when_known(self, states: Any, label: str) -> None:
+        """Enter a label when the gradient of these states is known."""
+        if isinstance(states, Tensor) and states.requires_grad:
+            states.register_hook(lambda _: self.trace.enter(label))
 
 
 def at_depth(small: Mapping[str, Bytes], larger: Sequence[tuple[Mapping[str, Bytes], float]]) -> dict[str, Bytes]:
