@@ -17,6 +17,7 @@ PIECES = Pieces(
     outside={"policy": 300, "reference": 300, "value": 180, "reward": 180},
     head=120,
     largest=130,
+    largest_in_layer=40,
     trained=1500,
     largest_trained=130,
     full=True,
@@ -40,8 +41,8 @@ def choices(engine: str, **changes: Any) -> Choices:
         (
             "zero3",
             4000 + 6000 + 10 * HOOKS,
-            (2 * 130 + 120) * 4 + 6000 + 10 * HOOKS,
-            (2 * 130 + 120) * 4 + 12000 + 10 * HOOKS,
+            2 * 130 * 4 + 6000 + 10 * HOOKS,
+            2 * 130 * 4 + 12000 + 10 * HOOKS,
         ),
         # At the first layer: outside of the layers and a layer, each twice.
         ("fsdp2", 4000, (2 * 300 + 2 * 100) * 4, (2 * 300 + 2 * 100) * 4),
@@ -89,6 +90,32 @@ def test_fsdp2_sends_gradients_in_float32() -> None:
     adapters = replace(PIECES, full=False)
     held = extra_bytes("update", choices("fsdp2"), adapters, cuda=False, at="backward value first layer")
     assert held == 4 * (180 + 2 * 100)
+
+
+@pytest.mark.parametrize(
+    ("at", "numbers"),
+    [
+        ("forward policy embeddings", 2 * 130),
+        ("forward policy first layer", 2 * 40),
+        ("forward policy logits", 2 * 120),
+        ("backward policy start", 2 * 40),
+        ("backward value embeddings", 2 * 130),
+        ("backward policy logits", 2 * 120 + 2 * 130),
+        ("backward policy last layer", 2 * 40),
+    ],
+)
+def test_zero3_holds_one_weight_whole(at: str, numbers: int) -> None:
+    """Itself and its parts; at the LM head the value's embeddings and their gradient as well."""
+    beside = 6000 + 10 * HOOKS  # a bucket of gradients, and hooks
+    held = [
+        extra_bytes(phase, choices("zero3"), replace(PIECES, full=full), cuda=False, at=at) - beside
+        for phase, full in (("scoring", True), ("scoring", False))
+    ]
+    assert held == [4 * numbers, 4 * (240 if at == "backward policy logits" else numbers)]
+    tied = replace(PIECES, head=0)
+    assert (
+        extra_bytes("scoring", choices("zero3"), tied, cuda=False, at="forward policy logits") - beside == 4 * 2 * 130
+    )
 
 
 def test_on_a_gpu_weights_are_fetched_ahead() -> None:

@@ -40,6 +40,8 @@ class BackboneShape:
     hidden: int
     largest_layer: int
     """Parameters of the largest decoder layer."""
+    largest_in_layer: int
+    """Elements of the largest parameter in a decoder layer."""
     outside: int
     """Parameters outside of the decoder layers."""
     period: int
@@ -136,6 +138,7 @@ def shape_of(info: CheckpointInfo, task: Task, frozen_layers: int = 0) -> Backbo
         layers=len(layers),
         hidden=hidden_size(info),
         largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        largest_in_layer=max(p.numel() for layer in layers for p in layer.parameters()),
         outside=sum(p.numel() for p in model.parameters() if id(p) not in in_layers),
         period=_period(layers, info.config),
     )

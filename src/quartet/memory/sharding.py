@@ -54,6 +54,8 @@ class Pieces:
     """The LM head."""
     largest: int
     """The largest tensor."""
+    largest_in_layer: int
+    """The largest tensor in a decoder layer."""
     trained: int
     """All that is trained."""
     largest_trained: int
@@ -90,6 +92,7 @@ def pieces_of(
         outside={view.role: outside[view.backbone] for view in plan.views},
         head=max(shape.count(shape.head) for shape in shapes.values()),
         largest=max(math.prod(size) for shape in shapes.values() for size in shape.tensors.values()),
+        largest_in_layer=max(shape.largest_in_layer for shape in shapes.values()),
         trained=sum(trained) + sum(sizes.parameters for sizes in adapters),
         largest_trained=max([*trained, *(count for sizes in adapters for count, _ in sizes.counts)]),
         full=full,
@@ -121,10 +124,23 @@ def extra_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at:
     if phase == "rollout" and choices.gather_for_rollout:
         return pieces.policy_bytes + kept
     if engine == "zero3":
-        # One weight, and the parts that it was put together from; the LM head; on a GPU what is fetched ahead.
-        gathered = (2 * pieces.largest + pieces.head + travel.ahead) * pieces.width
-        return gathered + kept + summed
+        return (_gathered_by_zero3(pieces, at) + travel.ahead) * pieces.width + kept + summed
     return _fsdp2_bytes(phase, choices, pieces, cuda=cuda, at=at)
+
+
+def _gathered_by_zero3(pieces: Pieces, at: str) -> int:
+    """Whole weights, and gradients that the trace does not see, as numbers; on a GPU there is what is fetched ahead as well.
+
+    Of a weight there are two: itself, and the parts that it was put together from. In the backward pass, which policy and
+    value share, the embeddings of the value and their gradient, which waits to be summed, are still there at the policy's LM
+    head, which comes next.
+    """
+    head = pieces.head or pieces.largest
+    if "logits" in at:
+        return 2 * head + (2 * pieces.largest if pieces.full and at.startswith("backward") else 0)
+    if at.endswith(("layer", "start")):
+        return 2 * pieces.largest_in_layer
+    return 2 * pieces.largest
 
 
 def _fsdp2_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at: str) -> float:
