@@ -34,7 +34,7 @@ QUICK = ("S full", "S lora paired", "S lora single checkpointing")
 WORKER = Path(__file__).with_name("memory_plan_worker.py")
 
 
-def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> dict[str, Any]:
+def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool, *, merged: bool) -> dict[str, Any]:
     """Peaks of two iterations in a fresh interpreter."""
     environment = dict(os.environ)
     if spec.get("parallel"):
@@ -42,6 +42,7 @@ def measured_alone(root: Path, spec: dict[str, Any], default_malloc: bool) -> di
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-W", "ignore", str(WORKER), "--root", str(root), "--spec", json.dumps(spec)]
+    command += ["--merged"] if merged else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{spec} failed:\n{done.stderr[-3000:]}")
@@ -94,7 +95,7 @@ def table(options: argparse.Namespace) -> None:
                 if options.predict:
                     known[name]["predicted"] = predicted
                 else:
-                    measured = measured_alone(root, spec, options.default_malloc)
+                    measured = measured_alone(root, spec, options.default_malloc, merged=predicted["merged"])
                     known[name] = {"name": name, "spec": spec, "predicted": predicted, **measured}
                     rows.append(known[name])
                 save(options, rows)

@@ -1,6 +1,6 @@
 """One configuration of the memory benchmark: its checkpoints, its two iterations, its prediction.
 
-Run by memory_plan.py in a process of its own: `--root FOLDER --spec JSON` measures and prints one JSON object.
+Run by memory_plan.py in a process of its own: `--root FOLDER --spec JSON [--merged]` measures and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -73,8 +73,12 @@ def anonymous() -> int:
     return status_bytes("RssAnon")
 
 
-def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """Two iterations; in this process."""
+def measure(root: Path, spec: dict[str, Any], *, merged: bool) -> dict[str, Any]:
+    """Two iterations; in this process.
+
+    Args:
+        merged: generate with weights that hold the policy's adapter, as it was predicted.
+    """
     import torch
 
     from quartet.models.checkpoint_info import read_checkpoint
@@ -104,7 +108,7 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     settings = SamplingSettings(RESPONSE, 1.0, 1.0, None, 0, config.rollout.batch_rows, SEED)
     allow_packing(roles)
     at_once = scoring_rows(config.rollout.batch_rows, "cuda" if cuda else "cpu", cut=False)
-    generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside)
+    generator = make_engine(config.rollout.engine, roles.policy, settings, print_aside, merged=merged)
     parallel = config.run.parallel_passes is True
     updater = Updater(
         roles.trained, optimizer, SingleProcess(), config.ppo, temperature=1.0, seed=SEED, at_once=parallel
@@ -119,6 +123,8 @@ def measure(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
     for iteration in (1, 2):
         with probe.phase("rollout"):
             rollout = generator.generate(prompts)
+        if merged:
+            return_gaps()  # as `Session.generate` does
         with probe.phase("scoring"):
             scored = score_rollout(rollout, roles, temperature=1.0, placement="stop", rows=at_once)
         batch = compute_advantages(scored, config.ppo, kl_coef=0.05)
@@ -194,7 +200,8 @@ def predict(root: Path, spec: dict[str, Any]) -> dict[str, Any]:
         "optimizer": sum(r.optimizer for r in estimate.roles),
     }
     phases = {phase.phase: {"peak": phase.peak, "at": phase.at, **phase.parts()} for phase in estimate.phases}
-    return {"phases": phases, "exact": exact, "seconds": seconds}
+    merged = estimate.choices.merge_adapters
+    return {"phases": phases, "exact": exact, "merged": merged, "seconds": seconds}
 
 
 def main() -> None:
@@ -202,8 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--spec", type=json.loads, required=True)
+    parser.add_argument("--merged", action="store_true")
     options = parser.parse_args()
-    print("\n" + json.dumps(measure(options.root, options.spec)))
+    print("\n" + json.dumps(measure(options.root, options.spec, merged=options.merged)))
 
 
 if __name__ == "__main__":

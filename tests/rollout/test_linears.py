@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from quartet.config import LoraConfig
@@ -110,3 +114,64 @@ def test_weights_are_only_read() -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0]
         assert torch.equal(tensor, before[name][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on", ["one", "two"])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_merged_layers_give_the_same_with_one_product(dtype: torch.dtype, on: str, held: torch.dtype) -> None:
+    """Against the layer in float64; what is rounded once more is the sum of weight and adapter."""
+    model = make("one", "two")
+    for layer in (model.up, model.small):
+        base: Any = layer.base_layer
+        base.to(held)
+    switch, states = AdapterSwitch(model), torch.randn(6, 64)
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    exact = deepcopy(model).double()
+    with torch.no_grad(), AdapterSwitch(exact).on(on):
+        expected = exact(states.double())
+    counter = Products()
+    with (
+        torch.no_grad(),
+        switch.on(on),
+        autocast(torch.device("cpu"), dtype),
+        fast_linears(model, dtype, on, merged=True),
+    ):
+        assert "up" in replaced(model)
+        assert "up.base_layer" not in replaced(model)
+        with counter:
+            found = model(states)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 == held else 0.2)
+    assert counter.count == 4  # one for each layer
+    assert replaced(model) == set()
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == before[name][0]
+        assert torch.equal(tensor, before[name][1])
+
+
+def test_what_cannot_be_merged_stays_apart() -> None:
+    """A layer whose base another library computes."""
+    model = make("one")
+    up: Any = model.up
+    up.base_layer.__dict__["forward"] = foreign = up.base_layer.forward
+    states = torch.randn(6, 64)
+    with torch.no_grad(), AdapterSwitch(model).on("one"):
+        expected = model(states)
+        with fast_linears(model, torch.float32, "one", merged=True):
+            assert up.base_layer.__dict__["forward"] is foreign
+            torch.testing.assert_close(model(states), expected)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    NAMES = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise")
+
+    def __init__(self) -> None:
+        start: Any = super().__init__
+        start()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in self.NAMES
+        return func(*args, **(kwargs or {}))

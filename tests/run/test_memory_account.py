@@ -149,9 +149,11 @@ def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(
 
     monkeypatch.setattr(memory_account, "predicted", fail)
     progress, text = log()
-    run = train(tiny_run(**{"run.parallel_passes": True}), progress=progress)
+    asked = {"run.parallel_passes": True, "rollout.merge_adapters": True, "models.lora": {"r": 2}}
+    run = train(tiny_run(**asked), progress=progress)
     [line] = [line for line in text.getvalue().splitlines() if "not predicted" in line]
     assert "run.parallel_passes=true has no effect" in text.getvalue()  # said, not ignored
+    assert "rollout.merge_adapters=true has no effect" in text.getvalue()
     assert str(error).split()[-1] in line
     memory = plan_of(run)["memory"]
     assert memory["not_predicted"] in line

@@ -45,6 +45,10 @@ class RolloutConfig(Section):
     """Where vLLM runs, with engine=vllm."""
     cuda_graphs: bool = True
     """Static engine on a GPU: record decoding steps as CUDA graphs and play them back. Nothing changes elsewhere."""
+    merge_adapters: bool | Literal["auto"] = "auto"
+    """Static engine with LoRA: generate with weights to which the policy's adapter is added, copies that are made for each
+    rollout and dropped after it. Takes less time and a second policy's memory meanwhile; auto does so in bfloat16, where the
+    run's predicted peak stays as it is."""
     correct_rollout: bool = False
     """Compute the log-probabilities of the responses once more as training does, so that the update starts at a ratio of
     exactly 1; for engines or precisions that differ (see rollout/logprob_gap)."""

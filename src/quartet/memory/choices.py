@@ -38,6 +38,8 @@ class Choices:
     """Whether each process holds the whole policy while it generates. An estimate has auto decided."""
     parallel_passes: bool | Literal["auto"] = False
     """Whether policy and value take their passes at the same time. An estimate has auto decided."""
+    merge_adapters: bool | Literal["auto"] = False
+    """Whether the rollout multiplies with weights that hold the policy's adapter. An estimate has auto decided."""
     rollout_engine: str = "auto"
     optimizer: str = "adamw"
     device: str = "cpu"
@@ -117,6 +119,7 @@ def choices_of(config: Config, device: torch.device, *, world_size: int = 1, eng
         engine=chosen,
         gather_for_rollout=chosen in CUTTING and config.distributed.gather_for_rollout,
         parallel_passes=config.run.parallel_passes,
+        merge_adapters=config.rollout.merge_adapters,
         rollout_engine=config.rollout.engine,
         optimizer=config.ppo.optimizer.name,
         device=device.type,

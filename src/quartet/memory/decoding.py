@@ -45,7 +45,7 @@ def _decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Work
         with torch.no_grad(), roles.policy.active():
             _growing(trace, roles, workload, rows)
         return
-    with generating(roles.policy):
+    with generating(roles.policy, merged=choices.merge_adapters is True):
         _preallocated(trace, decoder, roles, workload, rows)
 
 

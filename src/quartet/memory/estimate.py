@@ -13,6 +13,7 @@ from quartet.memory.choices import Choices, Workload, plan_device, torch_dtype, 
 from quartet.memory.figures import Estimate, Ledger, PhaseBytes, PhaseTraffic
 from quartet.memory.holdings import Holdings
 from quartet.memory.libraries import kernels
+from quartet.memory.merging import merges_adapters
 from quartet.memory.parallel import passes_in_parallel
 from quartet.memory.phases import PHASES
 from quartet.memory.refusals import refuse_unloadable
@@ -75,7 +76,12 @@ class Estimator:
         gather = gathers_for_rollout(choices.gather_for_rollout, whole, free and free - ledger.load.peak)
         choices = replace(choices, gather_for_rollout=gather)
         both = partial(self.phase, "update", plan, replace(choices, parallel_passes=True), ledger)
-        return replace(choices, parallel_passes=passes_in_parallel(plan, choices, free, both))
+        choices = replace(choices, parallel_passes=passes_in_parallel(plan, choices, free, both))
+
+        def phase(name: str, merged: bool) -> PhaseBytes:
+            return self.phase(name, plan, replace(choices, merge_adapters=merged), ledger)
+
+        return replace(choices, merge_adapters=merges_adapters(plan, choices, phase))
 
     def phase(
         self, name: str, plan: SharingPlan, choices: Choices, ledger: Ledger, *, kernels: bool = True

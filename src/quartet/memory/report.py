@@ -90,6 +90,8 @@ def show(estimate: Estimate, console: Console) -> None:
         console.print(_traffic(estimate))
     if estimate.choices.parallel_passes:
         console.print("update: policy and value take their passes at the same time (run.parallel_passes)")
+    if estimate.choices.merge_adapters:
+        console.print("rollout: the adapter is added to copies of the weights (rollout.merge_adapters)")
     peak = estimate.peak
     console.print(f"peak: [bold]{format_bytes(peak.peak)}[/bold] in the {peak.phase} phase ({peak.at})")
 

@@ -90,7 +90,8 @@ class Simulator:
             phase
         ]
         parallel = phase == "update" and choices.parallel_passes
-        key = (phase, rows, choices.world_size, parallel, *_what(plan, choices))
+        merged = phase == "rollout" and choices.merge_adapters
+        key = (phase, rows, choices.world_size, parallel, merged, *_what(plan, choices))
         if key not in self._found:
             self._found[key] = self._run(phase, plan, choices, shapes)
         return self._found[key]

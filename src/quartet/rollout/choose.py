@@ -25,6 +25,7 @@ def make_engine(
     say: Callable[[str], None],
     *,
     cuda_graphs: bool = False,
+    merged: bool = False,
 ) -> RolloutEngine:
     """The engine of `rollout.engine`; `auto` takes the static one wherever the model can be driven by it.
 
@@ -32,6 +33,7 @@ def make_engine(
         name: auto, static or dynamic.
         say: told in one line when `auto` has to take the dynamic engine, or when steps cannot be recorded.
         cuda_graphs: on a GPU, record decoding steps.
+        merged: the static engine generates with copies of the weights to which the policy's adapter is added.
 
     Raises:
         ConfigError: `static` asked for with a model that it cannot drive.
@@ -39,7 +41,7 @@ def make_engine(
     if name == "dynamic":
         return DynamicEngine(policy, settings)
     try:
-        engine = StaticEngine(policy, settings)
+        engine = StaticEngine(policy, settings, merged=merged)
     except NotDrivable as reason:
         model = type(policy.backbone.model).__name__
         if name == "static":

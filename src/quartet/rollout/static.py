@@ -76,14 +76,19 @@ class StaticEngine:
         NotDrivable: this model cannot be decoded so; `DynamicEngine` can.
     """
 
-    def __init__(self, policy: LanguageView, settings: SamplingSettings) -> None:
+    def __init__(self, policy: LanguageView, settings: SamplingSettings, *, merged: bool = False) -> None:
+        """
+        Args:
+            merged: generate with copies of the weights to which the policy's adapter is added.
+        """
+        self._merged = merged
         self._policy = policy
         self._settings = settings
         self._decoder = Decoder(policy)
         self._recorder: Callable[[], Recorder] | None = None
         self._say: Callable[[str], None] = print
         self._seen: set[Shape] = set()
-        with generating(policy):
+        with generating(policy, merged=merged):
             check(self._decoder, policy)
 
     def record_with(self, recorder: Callable[[], Recorder], say: Callable[[str], None] = print) -> None:
@@ -96,7 +101,7 @@ class StaticEngine:
         Raises:
             NotDrivable: a step of this model cannot be recorded, or gives something else when it is played back.
         """
-        with torch.no_grad(), generating(self._policy):
+        with torch.no_grad(), generating(self._policy, merged=self._merged):
             check_recording(self._decoder, self._policy, self._settings, recorder())
         self._recorder, self._say = recorder, say
 
@@ -116,7 +121,7 @@ class StaticEngine:
             logprobs=torch.zeros(shape, device=device),
             uniforms=uniforms,
         )
-        with generating(self._policy):
+        with generating(self._policy, merged=self._merged):
             self._decode(prompts, out)
         if settings.stop_id is None:
             stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)

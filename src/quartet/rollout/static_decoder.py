@@ -75,12 +75,15 @@ class Decoder:
 
 
 @contextmanager
-def generating(policy: LanguageView) -> Iterator[None]:
+def generating(policy: LanguageView, *, merged: bool = False) -> Iterator[None]:
     """Run as the policy for many forward passes without gradients, each with as little overhead as can be.
 
     In evaluation mode: in training mode, gradient checkpointing takes the cache away unasked. What autocast converts is
     kept until the end; it must not outlive it, since a copy made without gradients would swallow the next backward's.
     Of weights that come and go nothing is kept: it would be a second policy in memory.
+
+    Args:
+        merged: multiply with copies of the weights to which the policy's adapter is added.
     """
     backbone = policy.backbone
     model, dtype = backbone.model, backbone.dtype
@@ -90,7 +93,7 @@ def generating(policy: LanguageView) -> Iterator[None]:
     keeping = (
         torch.autocast(backbone.device.type, dtype=dtype, cache_enabled=True) if lower and whole else nullcontext()
     )
-    faster = fast_linears(model, dtype, policy.adapter) if whole else nullcontext()
+    faster = fast_linears(model, dtype, policy.adapter, merged=merged) if whole else nullcontext()
     try:
         model.eval()
         with torch.no_grad(), policy.active(), keeping, faster:

@@ -20,7 +20,8 @@ MAY_CHANGE = (
     *("run.dir", "run.save_every", "run.keep", "run.eval_every", "run.trackers"),
     # Where and in what portions it is computed.
     *("models.device", "models.dtype", "models.offload", "models.gradient_checkpointing", "ppo.microbatch_rows"),
-    *("rollout.batch_rows", "rollout.cuda_graphs", "rollout.vllm.*", "run.return_memory", "run.parallel_passes"),
+    *("rollout.batch_rows", "rollout.cuda_graphs", "rollout.merge_adapters", "rollout.vllm.*"),
+    *("run.return_memory", "run.parallel_passes"),
     "distributed.*",
     # What is trusted, and where rewards are asked for.
     *("models.trust_remote_code", "models.allow_pickle", "rewards.*.url", "rewards.*.timeout"),

@@ -77,6 +77,8 @@ class MemoryAccount:
         progress.say(f"the memory of this run is not predicted: {reason}")
         if config.run.parallel_passes is True:
             progress.say("run.parallel_passes=true has no effect: without a prediction passes come one after the other")
+        if config.rollout.merge_adapters is True:
+            progress.say("rollout.merge_adapters=true has no effect: without a prediction adapters are not merged")
         self._record["not_predicted"] = reason
 
     @property
@@ -101,6 +103,12 @@ class MemoryAccount:
         """Whether policy and value were to take their passes at the same time when the run started; not where the memory of
         that was not predicted."""
         return bool(self._record.get("choices", {}).get("parallel_passes"))
+
+    @property
+    def merged_adapters(self) -> bool:
+        """Whether the rollout was to multiply with weights that hold the policy's adapter when the run started; not where the
+        memory of that was not predicted."""
+        return merged_in(self._record)
 
     def in_parallel(self, config: Config, plan: SharingPlan, engine: ProcessEngine, say: Callable[[str], None]) -> bool:
         """Whether they are to do so now.
@@ -169,6 +177,11 @@ def _measure(device: torch.device) -> str:
     if quick_anonymous_bytes() is None:
         return "nothing: this system has no /proc/self/statm"
     return "anonymous memory of the process (/proc/self/statm, every 10 ms), over what it was before loading"
+
+
+def merged_in(record: Mapping[str, Any]) -> bool:
+    """The same by what `as_dict` gave."""
+    return bool(record.get("choices", {}).get("merge_adapters"))
 
 
 def account_for(config: Config, before: Mapping[str, Any] | None = None) -> MemoryAccount:

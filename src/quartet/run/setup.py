@@ -178,11 +178,14 @@ def load_everything(
     say: Say,
     engine: ProcessEngine | None = None,
     measuring: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    *,
+    merged: bool = False,
 ) -> Loaded:
     """Load the plan's models and build what works with them.
 
     Args:
         measuring: gives a context that takes the peak memory of a phase, `load` and then `rollout`.
+        merged: generate with weights that hold the policy's adapter.
     """
     engine = engine or SingleProcess()
     with measuring("load"):
@@ -207,12 +210,19 @@ def load_everything(
 
     with measuring("rollout"):  # both try a few tokens
         allow_packing(roles)
-        generator = _generator(config, inputs, roles, engine, settings, say)
+        generator = _generator(config, inputs, roles, engine, settings, say, merged=merged)
     return Loaded(roles, engine, trained, optimizer, generator, decode)
 
 
 def _generator(
-    config: Config, inputs: Inputs, roles: Roles, engine: ProcessEngine, settings: SamplingSettings, say: Say
+    config: Config,
+    inputs: Inputs,
+    roles: Roles,
+    engine: ProcessEngine,
+    settings: SamplingSettings,
+    say: Say,
+    *,
+    merged: bool,
 ) -> RolloutEngine:
     name, policy = config.rollout.engine, roles.policy
     if name == "vllm":
@@ -227,7 +237,7 @@ def _generator(
             trust_remote_code=config.models.trust_remote_code,
         )
     if not engine.cuts_weights:
-        return make_engine(name, policy, settings, say, cuda_graphs=config.rollout.cuda_graphs)
+        return make_engine(name, policy, settings, say, cuda_graphs=config.rollout.cuda_graphs, merged=merged)
     free = free_memory(policy.backbone.device, engine.processes_here)
     wanted = config.distributed.gather_for_rollout
     gather = not engine.any(not gathers_for_rollout(wanted, policy.backbone.whole_bytes(), free))

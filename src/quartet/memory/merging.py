@@ -1,0 +1,47 @@
+"""Whether the rollout multiplies with weights that hold the policy's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quartet.distributed import CUTTING
+from quartet.errors import ConfigError
+from quartet.memory.choices import Choices
+from quartet.memory.figures import PhaseBytes
+from quartet.models.plan import SharingPlan
+
+
+def merges_adapters(plan: SharingPlan, choices: Choices, phase: Callable[[str, bool], PhaseBytes]) -> bool:
+    """What `rollout.merge_adapters` means for a plan; `auto` takes the time that it saves where the run's peak stays.
+
+    In float32 there is next to nothing to gain: the products with the weights take most of a step (measured on a CPU).
+
+    Args:
+        phase: gives a phase by its name, with merged adapters or without.
+
+    Raises:
+        ConfigError: asked for, where it is not possible.
+    """
+    wanted = choices.merge_adapters
+    if not wanted:
+        return False
+    reason = _why_not(plan, choices)
+    if wanted != "auto":
+        if reason is not None:
+            raise ConfigError(f"rollout.merge_adapters=true, and {reason}; use rollout.merge_adapters=auto")
+        return True
+    if reason is not None or choices.dtype != "bfloat16":
+        return False
+    return phase("rollout", True).peak <= max(phase(name, False).peak for name in ("rollout", "scoring", "update"))
+
+
+def _why_not(plan: SharingPlan, choices: Choices) -> str | None:
+    if plan.view("policy").adapter is None:
+        return "the policy has no adapter (models.lora)"
+    if choices.quantization is not None:
+        return f"models.quantization={choices.quantization} leaves no weights that adapters can be added to"
+    if choices.engine in CUTTING:
+        return f"distributed.engine={choices.engine} cuts the weights"
+    if choices.rollout_engine in ("dynamic", "vllm"):
+        return f"rollout.engine={choices.rollout_engine} multiplies with the weights as they are"
+    return None
