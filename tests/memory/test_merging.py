@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline import Pipeline
 from quartet import resume, train
@@ -16,12 +17,14 @@ from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of
 from quartet.memory.estimate import estimator_for
 from quartet.memory.figures import PhaseBytes
-from quartet.memory.merging import merges_adapters
+from quartet.memory.merging import merges_adapters, still_merges
+from quartet.memory.search import search
 from quartet.memory.simulator import Simulator
 from quartet.models.loading import plan_for
 from quartet.models.plan import SharingPlan, Source, make_plan
 from quartet.rollout import static_decoder
 from quartet.rollout.static import StaticEngine
+from quartet.rollout.static_cache import NotDrivable
 from quartet.run.reopen import evaluate
 from quartet.stages.correction import corrected
 from tiny import TinyRun
@@ -34,17 +37,17 @@ def plan(*, lora: bool = True) -> SharingPlan:
 
 
 def decided(choices: Choices, *, more: float = 0.0, update: float = 100.0, lora: bool = True) -> bool:
-    """With a rollout of 60 bytes that takes some more with merged adapters."""
+    """With a rollout of 60 bytes that takes one more, and some more, with merged adapters; the same where none is merged."""
 
     def phase(name: str, merged: bool) -> PhaseBytes:
-        held = {"rollout": 60 + more * merged, "scoring": 50.0, "update": update}[name]
+        held = {"rollout": 60.0 + (1 + more) * merged, "scoring": 50.0, "update": update}[name]
         return PhaseBytes(name, held, 0, 0, 0, 0, 0, 0, 0, 0, at="")
 
     return merges_adapters(plan(lora=lora), choices, phase)
 
 
 @pytest.mark.parametrize(
-    ("more", "update", "found"), [(0, 10, True), (40, 100, True), (41, 100, False), (1, 10, False)]
+    ("more", "update", "found"), [(-2, 10, True), (39, 100, True), (40, 100, False), (0, 10, False), (-1, 100, False)]
 )
 def test_auto_merges_where_the_peak_stays(more: float, update: float, found: bool) -> None:
     assert decided(LORA, more=more, update=update) is found
@@ -76,6 +79,61 @@ def test_when_asked_for_memory_does_not_count() -> None:
     assert not decided(replace(LORA, merge_adapters=False))
     assert not decided(replace(LORA, dtype="float32"))
     assert decided(replace(LORA, dtype="float32", merge_adapters=True))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "before", "found"),
+    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False), (True, True, True)],
+)
+def test_a_run_that_goes_on(wanted: Any, before: bool, found: bool) -> None:
+    choices = replace(LORA, merge_adapters=wanted)
+    assert still_merges(plan(), choices, before) is found
+    cut = replace(choices, engine="fsdp2", world_size=2)
+    if wanted is True and not before:
+        with pytest.raises(ConfigError, match=r"merge_adapters=true, and distributed\.engine=fsdp2"):
+            still_merges(plan(), cut, before)
+    else:
+        assert not still_merges(plan(), cut, before)
+
+
+@pytest.mark.parametrize("reason", ["GPT-2's layers", "an engine that runs the model as it is"])
+def test_where_no_layer_is_merged(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Asked for it is refused, and `auto` does not claim it."""
+    if reason != "GPT-2's layers":
+        monkeypatch.setattr("quartet.memory.decoding.Decoder", _not_drivable)
+    family = "gpt2" if reason == "GPT-2's layers" else "llama"
+    lora = {"models.lora": {"r": 4}, "models.sharing": "paired", "models.dtype": "bfloat16"}
+    for wanted in ("auto", True):
+        config = parse_config(tiny_run(family, **lora, **{"rollout.merge_adapters": wanted}))
+        estimator = estimator_for(config)
+        found = plan_for(config.models, estimator.sft, estimator.reward)
+        choices = choices_of(config, torch.device("cpu"))
+        if wanted is True:
+            with pytest.raises(ConfigError, match="merge_adapters=true, and no layer of this model"):
+                estimator.estimate(found, choices)
+        else:
+            assert estimator.estimate(found, choices).choices.merge_adapters is False
+
+
+def _not_drivable(*_: Any) -> None:
+    raise NotDrivable("it is a test")
+
+
+def test_a_search_for_less_memory_gives_merging_up(tiny_run: TinyRun) -> None:
+    lora = {"models.lora": {"r": 4}, "models.sharing": "paired", "rollout.merge_adapters": True}
+    config = parse_config(tiny_run("llama", **lora, **{"models.dtype": "float32", "ppo.microbatch_rows": 1}))
+    estimator = estimator_for(config)
+    found = plan_for(config.models, estimator.sft, estimator.reward)
+    apart, merged = (
+        estimator.estimate(found, replace(choices_of(config, torch.device("cpu")), merge_adapters=wanted)).peak.peak
+        for wanted in (False, True)
+    )
+    assert merged > apart
+    result = search(config, estimator, int(merged) - 1)
+    assert result.chosen is not None
+    assert result.chosen.change == {"rollout.merge_adapters": "auto"}
+    nothing = search(config, estimator, 2**20)
+    assert nothing.chosen is None
 
 
 def test_the_copies_are_planned(tiny_run: TinyRun) -> None:
@@ -117,9 +175,10 @@ def test_a_run_does_what_was_planned(tiny_run: TinyRun, monkeypatch: pytest.Monk
     asked: list[bool] = []
     plain = static_decoder.fast_linears
 
-    def fast_linears(*arguments: Any, merged: bool) -> Any:
-        asked.append(merged)
-        return plain(*arguments, merged=merged)
+    def fast_linears(model: Any, *arguments: Any, merged: bool) -> Any:
+        if not any(isinstance(parameter, FakeTensor) for parameter in model.parameters()):  # those of the plan
+            asked.append(merged)
+        return plain(model, *arguments, merged=merged)
 
     monkeypatch.setattr(static_decoder, "fast_linears", fast_linears)
     lora = {"models.lora": {"r": 4}, "models.sharing": "paired", "rollout.merge_adapters": merged}
@@ -131,6 +190,14 @@ def test_a_run_does_what_was_planned(tiny_run: TinyRun, monkeypatch: pytest.Monk
     resumed = len(asked)
     evaluate(run, say=print)
     assert len(asked) > resumed > trained
+    evaluated = len(asked)
+    config = (run / "config.yaml").read_text().replace("iterations: 2", "iterations: 3")
+    before, after = (f"merge_adapters: {str(wanted).lower()}" for wanted in (merged, not merged))
+    assert before in config
+    (run / "config.yaml").write_text(config.replace(before, after))
+    resume(run)
+    assert set(asked[evaluated:]) == {not merged}  # edited
+    del asked[evaluated:]
     choices = json.loads((run / "plan.json").read_text())["memory"]["choices"]
     assert choices["merge_adapters"] is merged
-    assert set(asked[1:]) == {merged}  # the first are on fake tensors, to predict
+    assert set(asked) == {merged}

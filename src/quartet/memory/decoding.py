@@ -45,6 +45,9 @@ def _decoding(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Work
         with torch.no_grad(), roles.policy.active():
             _growing(trace, roles, workload, rows)
         return
+    if choices.merge_adapters is True:
+        trace.stage = "merging"
+        trace.enter("policy embeddings")
     with generating(roles.policy, merged=choices.merge_adapters is True):
         _preallocated(trace, decoder, roles, workload, rows)
 

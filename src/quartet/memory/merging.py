@@ -14,7 +14,8 @@ from quartet.models.plan import SharingPlan
 def merges_adapters(plan: SharingPlan, choices: Choices, phase: Callable[[str, bool], PhaseBytes]) -> bool:
     """What `rollout.merge_adapters` means for a plan; `auto` takes the time that it saves where the run's peak stays.
 
-    In float32 there is next to nothing to gain: the products with the weights take most of a step (measured on a CPU).
+    In float32 the copies are twice as large and less is gained: a tenth of a rollout (benchmarks/rollout.py), a hundredth of
+    an iteration.
 
     Args:
         phase: gives a phase by its name, with merged adapters or without.
@@ -23,16 +24,35 @@ def merges_adapters(plan: SharingPlan, choices: Choices, phase: Callable[[str, b
         ConfigError: asked for, where it is not possible.
     """
     wanted = choices.merge_adapters
-    if not wanted:
+    if not wanted or (wanted == "auto" and choices.dtype != "bfloat16"):
         return False
     reason = _why_not(plan, choices)
+    if reason is None and phase("rollout", True).peak == phase("rollout", False).peak:
+        reason = "no layer of this model takes an adapter in, or the static engine cannot drive it"
     if wanted != "auto":
         if reason is not None:
             raise ConfigError(f"rollout.merge_adapters=true, and {reason}; use rollout.merge_adapters=auto")
         return True
-    if reason is not None or choices.dtype != "bfloat16":
+    if reason is not None:
         return False
     return phase("rollout", True).peak <= max(phase(name, False).peak for name in ("rollout", "scoring", "update"))
+
+
+def still_merges(plan: SharingPlan, choices: Choices, before: bool) -> bool:
+    """The same of a run that goes on, whose configuration may say something else than it did.
+
+    Args:
+        before: what was decided when the run started.
+
+    Raises:
+        ConfigError: asked for, where it is not possible.
+    """
+    wanted, reason = choices.merge_adapters, _why_not(plan, choices)
+    if wanted is True and not before and reason is not None:
+        raise ConfigError(f"rollout.merge_adapters=true, and {reason}; use rollout.merge_adapters=auto")
+    if wanted == "auto":
+        return before and reason is None and choices.dtype == "bfloat16"
+    return wanted and reason is None
 
 
 def _why_not(plan: SharingPlan, choices: Choices) -> str | None:

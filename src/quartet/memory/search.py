@@ -27,6 +27,7 @@ SHARING, QUANTIZATION = "models.sharing", "models.quantization"
 CHECKPOINTING, DTYPE, OFFLOAD = "models.gradient_checkpointing", "models.dtype", "models.offload"
 OPTIMIZER = "ppo.optimizer.name"
 PARALLEL = "run.parallel_passes"
+MERGED = "rollout.merge_adapters"
 MICROBATCH, ROLLOUT_ROWS = "ppo.microbatch_rows", "rollout.batch_rows"
 
 
@@ -99,6 +100,8 @@ def options(config: Config, estimator: Estimator) -> list[list[Option]]:
         del axes[4]
     if config.run.parallel_passes is True:
         axes.append([Option(PARALLEL, True, 0.0, True), Option(PARALLEL, "auto", 0.5)])
+    if config.rollout.merge_adapters is True:
+        axes.append([Option(MERGED, True, 0.0, True), Option(MERGED, "auto", 0.5)])
     if not lora and config.ppo.optimizer.name == "adamw":
         axes.append(_optimizers(estimator.device.type))
     return axes
@@ -186,7 +189,7 @@ class _Trial:
         try:
             exceeded = self._exceeded(plan, choices)
             estimate = self._estimator.estimate(plan, choices, self._memory) if exceeded is None else None
-        except ConfigError:  # parallel passes where they cannot be
+        except ConfigError:  # parallel passes or merged adapters where they cannot be
             return None
         return Candidate(change, cost, config, exceeded, estimate)
 
@@ -196,7 +199,7 @@ class _Trial:
         open_ones = []
         for place, candidate in enumerate(candidates):
             plan, choices = self._plan(candidate.config), self._choices(candidate.config)
-            choices = replace(choices, parallel_passes=False)
+            choices = replace(choices, parallel_passes=False, merge_adapters=False)
             if plan is not None and (choices == _fewest(choices) or self._estimator.counts_kernels(choices)):
                 open_ones.append((self._least_of(plan, choices), place, plan, choices, candidate.change))
         best: tuple[PhaseBytes, int, Change] | None = None
@@ -262,7 +265,9 @@ def _sensible(plan: SharingPlan, choices: Choices) -> bool:
 
 
 def _fewest(choices: Choices) -> Choices:
-    return replace(choices, microbatch_rows=1, batch_rows=1, checkpointing=True, parallel_passes=False)
+    return replace(
+        choices, microbatch_rows=1, batch_rows=1, checkpointing=True, parallel_passes=False, merge_adapters=False
+    )
 
 
 def _rows(key: str, given: int) -> list[Option]:

@@ -138,7 +138,7 @@ def _gathered_by_zero3(pieces: Pieces, at: str) -> int:
     head = pieces.head or pieces.largest
     if "logits" in at:
         return 2 * head + (2 * pieces.largest if pieces.full and at.startswith("backward") else 0)
-    if at.endswith(("layer", "start")):
+    if at.endswith(("layer", "layers", "start")):
         return 2 * pieces.largest_in_layer
     return 2 * pieces.largest
 
@@ -153,7 +153,7 @@ def _fsdp2_bytes(phase: str, choices: Choices, pieces: Pieces, *, cuda: bool, at
     outside = next((n for role, n in pieces.outside.items() if role in at), max(pieces.outside.values()))
     root, layer = outside * pieces.width, pieces.layer * pieces.width
     # Without an LM head of its own the first gradient waits for the embeddings' second one in autograd, where it is seen.
-    head = pieces.head * pieces.width if pieces.full and "policy" in at else 0
+    head = pieces.head * pieces.width if phase == "update" and pieces.full and "policy" in at else 0
     sent = pieces.layer * FLOAT if pieces.full else 0
     if "logits" in at or at.endswith("start"):  # between forward and backward: no layer is there
         return root + head

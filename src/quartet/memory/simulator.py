@@ -90,7 +90,7 @@ class Simulator:
             phase
         ]
         parallel = phase == "update" and choices.parallel_passes
-        merged = phase == "rollout" and choices.merge_adapters
+        merged = phase == "rollout" and choices.merge_adapters is True
         key = (phase, rows, choices.world_size, parallel, merged, *_what(plan, choices))
         if key not in self._found:
             self._found[key] = self._run(phase, plan, choices, shapes)

@@ -16,6 +16,7 @@ from quartet.memory.choices import choices_of
 from quartet.memory.estimate import estimator_for
 from quartet.memory.figures import Estimate
 from quartet.memory.free import free_memory
+from quartet.memory.merging import still_merges
 from quartet.memory.parallel import still_in_parallel
 from quartet.memory.report import compact
 from quartet.memory.trace import NotTraceable
@@ -104,12 +105,6 @@ class MemoryAccount:
         that was not predicted."""
         return bool(self._record.get("choices", {}).get("parallel_passes"))
 
-    @property
-    def merged_adapters(self) -> bool:
-        """Whether the rollout was to multiply with weights that hold the policy's adapter when the run started; not where the
-        memory of that was not predicted."""
-        return merged_in(self._record)
-
     def in_parallel(self, config: Config, plan: SharingPlan, engine: ProcessEngine, say: Callable[[str], None]) -> bool:
         """Whether they are to do so now.
 
@@ -125,6 +120,18 @@ class MemoryAccount:
                 "longer at the same time, so that the last digits of the results may change"
             )
         return still_in_parallel(plan, choices, self.parallel_passes)
+
+    def merges(self, config: Config, plan: SharingPlan, engine: ProcessEngine) -> bool:
+        """Whether the rollout multiplies with weights that hold the policy's adapter; not where the memory of that was not
+        predicted.
+
+        Raises:
+            ConfigError: the configuration, edited since, asks for what cannot be.
+        """
+        if "choices" not in self._record:
+            return False
+        choices = choices_of(config, self._device, world_size=engine.world_size, engine=engine.name)
+        return still_merges(plan, choices, bool(self._record["choices"].get("merge_adapters")))
 
     @contextmanager
     def measuring(self, phase: str) -> Iterator[None]:
@@ -177,11 +184,6 @@ def _measure(device: torch.device) -> str:
     if quick_anonymous_bytes() is None:
         return "nothing: this system has no /proc/self/statm"
     return "anonymous memory of the process (/proc/self/statm, every 10 ms), over what it was before loading"
-
-
-def merged_in(record: Mapping[str, Any]) -> bool:
-    """The same by what `as_dict` gave."""
-    return bool(record.get("choices", {}).get("merge_adapters"))
 
 
 def account_for(config: Config, before: Mapping[str, Any] | None = None) -> MemoryAccount:

@@ -25,7 +25,7 @@ from quartet.run.edited import refuse_edited
 from quartet.run.export import export
 from quartet.run.fingerprint import model_fingerprints, refuse_changed
 from quartet.run.folder import RunFolder
-from quartet.run.memory_account import merged_in
+from quartet.run.memory_account import account_for
 from quartet.run.samples import Sample, evaluation_prompts, samples_of
 from quartet.run.setup import (
     Inputs,
@@ -173,7 +173,8 @@ def _open(
 ) -> tuple[Loaded, RunState, str]:
     """Models with a checkpoint's weights in them; the checkpoint's state and name."""
     refuse_changed(folder.inputs, model_fingerprints(inputs), whole=False)
-    loaded = load_everything(config, inputs, say, merged=merged_in(folder.read_plan().get("memory", {})))
+    memory = account_for(config, folder.read_plan().get("memory"))
+    loaded = load_everything(config, inputs, say, merged=memory.merges(config, inputs.plan, SingleProcess()))
     for left in reversed(range(_TRIES)):
         chosen = choose_checkpoint(folder.checkpoints, start)
         try:

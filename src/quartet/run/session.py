@@ -80,7 +80,8 @@ class Session:
         memory = account_for(config)
         engine.agree(lambda: memory.predict(config, inputs, progress, engine, force=force))
         return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
-        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring, merged=memory.merged_adapters)
+        merged = engine.agree(lambda: memory.merges(config, inputs.plan, engine))
+        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring, merged=merged)
         memories = {"plan": inputs.plan.as_dict(), "memory": memory.as_dict()}
         engine.agree(lambda: None if engine.rank else folder.create(config, memories, own))
         return Session(config, progress, folder, inputs, loaded, memory)
@@ -118,7 +119,8 @@ class Session:
         engine.agree(lambda: refuse_changed(folder.inputs, fingerprints(inputs)) if engine.first_here else None)
         memory = account_for(config, folder.read_plan().get("memory"))
         return_freed_memory(config.run.return_memory, tight=memory.tight, fleeting=memory.fleeting)
-        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring, merged=memory.merged_adapters)
+        merged = engine.agree(lambda: memory.merges(config, inputs.plan, engine))
+        loaded = load_everything(config, inputs, progress.say, engine, memory.measuring, merged=merged)
         session = Session(config, progress, folder, inputs, loaded, memory)
         if chosen is not None:
             done = step_of(chosen)
@@ -145,7 +147,7 @@ class Session:
         self.loaded.roles.use("policy")
         engine = self.loaded.engine
         rollout = self.loaded.rollout.generate(own_share(prompts, engine))
-        if self.memory.merged_adapters:
+        if self.loaded.merged:
             return_gaps()  # of the copies, which are all alike and would be filled badly
         if self.config.rollout.correct_rollout:
             rollout, gap = correct_with(self.config, self.loaded, rollout)

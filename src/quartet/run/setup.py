@@ -67,6 +67,8 @@ class Loaded:
     """`roles.trained` as the process engine wants it called."""
     optimizer: torch.optim.Optimizer
     rollout: RolloutEngine
+    merged: bool
+    """Whether it generates with weights that hold the policy's adapter."""
     decode: Callable[[Tensor], str]
 
 
@@ -211,7 +213,7 @@ def load_everything(
     with measuring("rollout"):  # both try a few tokens
         allow_packing(roles)
         generator = _generator(config, inputs, roles, engine, settings, say, merged=merged)
-    return Loaded(roles, engine, trained, optimizer, generator, decode)
+    return Loaded(roles, engine, trained, optimizer, generator, merged, decode)
 
 
 def _generator(
