@@ -117,6 +117,20 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
         found.setdefault("gradients then", float(flat.abs().sum()))
         found.setdefault("in their places", sum(place.numel() for place in places.values()) == flat.numel())
 
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    def counting(name: str) -> Any:
+        function, key = getattr(DeepSpeedZeRoOffload, name), f"calls of {name}"
+        found[key] = 0
+
+        def counted(self: Any, module: Any) -> Any:
+            found[key] += next(module.parameters(recurse=False), None) is not None
+            return function(self, module)
+
+        return counted
+
+    for name in ("pre_sub_module_backward_function", "post_sub_module_backward_function"):
+        setattr(DeepSpeedZeRoOffload, name, counting(name))
     handler = logging.Handler()
     handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("quartet").addHandler(handler)

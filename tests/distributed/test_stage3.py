@@ -52,6 +52,8 @@ def test_masters_are_the_weights_and_gradients_come_with_the_first_backward(
     assert other["hooks without weights"] > lean["hooks without weights"]
     assert (lean["classes"], other["classes"]) == (1, 2 * other["modules"])
     assert other["modules"] > lean["modules"] > 10
+    for calls in ("calls of pre_sub_module_backward_function", "calls of post_sub_module_backward_function"):
+        assert lean[calls] == other[calls] > 100  # weights are fetched and released as often
     assert len(other["said"]) == 1
     assert "is not known here" in other["said"][0]
     weights = [exported(tmp_path / name / "run") for name in ("lean", "other")]

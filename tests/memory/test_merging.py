@@ -151,6 +151,7 @@ def test_the_copies_are_planned(tiny_run: TinyRun) -> None:
     sizes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     copies = 2 * sum(4 * out * inputs for out, inputs in sizes)
     upright = 2 * sum(4 * 4 * (out + inputs) for out, inputs in sizes)
+    assert merged["merging policy embeddings"]["activations"] >= copies
     for place in ("prompts policy embeddings", "decoding policy embeddings", "decoding policy logits"):
         assert merged[place]["activations"] - apart[place]["activations"] == copies - upright
 
