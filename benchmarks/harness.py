@@ -34,6 +34,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def chosen_cases(options: argparse.Namespace, cases: dict[str, Any]) -> dict[str, Any]:
+    """The cases, whose first entry is the size, that the options ask for; those of size M are not quick."""
+    wanted = {name: case for name, case in cases.items() if any(text in name for text in options.only)}
+    return {name: case for name, case in wanted.items() if case[0] == "S" or not options.quick}
+
+
 def require(python: Path) -> None:
     """End with one sentence where a peer's environment is missing."""
     if not python.exists():

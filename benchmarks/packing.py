@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import heading, machine, make_models, own_versions, parser, run_worker, write_json
+from harness import chosen_cases, heading, machine, make_models, own_versions, parser, run_worker, write_json
 
 CASES = {
     f"{size} {'LoRA' if plan == 'paired' else 'full'}, {'ends early' if early else 'to the limit'}": (size, plan, early)
@@ -75,11 +75,7 @@ def worker() -> None:
 def main() -> None:
     """Run the cases and print their ratios."""
     options = parser(__doc__).parse_args()
-    chosen = {
-        name: case
-        for name, case in CASES.items()
-        if any(text in name for text in options.only) and not (options.quick and case[0] == "M")
-    }
+    chosen = chosen_cases(options, CASES)
     make_models(options, sorted({size for size, _, _ in chosen.values()}), early=any(e for *_, e in chosen.values()))
     versions = {"quartet": own_versions()}
     print(heading(versions, options.threads))

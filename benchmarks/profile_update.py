@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from harness import heading, machine, make_models, own_versions, parser, run_worker, write_json
+from harness import chosen_cases, heading, machine, make_models, own_versions, parser, run_worker, write_json
 
 _ELEMENTWISE = (
     "mul add sub div neg silu sigmoid gelu tanh exp log sqrt rsqrt pow square addcmul addcdiv maximum clamp lerp where "
@@ -67,11 +67,7 @@ def shares(found: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Profile every case; print the table."""
     options = parser(__doc__).parse_args()
-    chosen = {
-        name: case
-        for name, case in CASES.items()
-        if any(text in name for text in options.only) and (case[0] == "S" or not options.quick)
-    }
+    chosen = chosen_cases(options, CASES)
     make_models(options, sorted({size for size, _, _ in chosen.values()}), early=False)
     print(heading({"quartet": own_versions()}, options.threads))
     print("| update, one epoch | seconds | " + " | ".join([*KINDS, "rest"]) + " |")

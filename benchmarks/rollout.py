@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import heading, machine, make_models, own_versions, parser, run_worker, write_json
+from harness import chosen_cases, heading, machine, make_models, own_versions, parser, run_worker, write_json
 
 CASES = {
     f"{size} {'full' if plan == 'separate' else 'LoRA'}, {dtype}": (size, plan, dtype)
@@ -120,11 +120,7 @@ def main() -> None:
     from profile_update import KINDS, shares
 
     options = parser(__doc__).parse_args()
-    chosen = {
-        name: case
-        for name, case in CASES.items()
-        if any(text in name for text in options.only) and not (options.quick and case[0] == "M")
-    }
+    chosen = chosen_cases(options, CASES)
     make_models(options, sorted({size for size, *_ in chosen.values()}), early=False)
     versions = {"quartet": own_versions()}
     print(heading(versions, options.threads))

@@ -89,7 +89,7 @@ def test_a_run_that_goes_on(wanted: Any, before: bool, found: bool) -> None:
     choices = replace(LORA, merge_adapters=wanted)
     assert still_merges(plan(), choices, before) is found
     cut = replace(choices, engine="fsdp2", world_size=2)
-    if wanted is True and not before:
+    if wanted is True:
         with pytest.raises(ConfigError, match=r"merge_adapters=true, and distributed\.engine=fsdp2"):
             still_merges(plan(), cut, before)
     else:
@@ -182,8 +182,11 @@ def test_a_run_does_what_was_planned(tiny_run: TinyRun, monkeypatch: pytest.Monk
         return plain(model, *arguments, merged=merged)
 
     monkeypatch.setattr(static_decoder, "fast_linears", fast_linears)
+    returned: list[None] = []
+    monkeypatch.setattr("quartet.run.session.return_gaps", lambda: returned.append(None))
     lora = {"models.lora": {"r": 4}, "models.sharing": "paired", "rollout.merge_adapters": merged}
     run = train(tiny_run(**lora, **{"data.eval_count": 2, "ppo.iterations": 1}))
+    assert len(returned) == 1 + 3 * merged  # after the update; the copies after the rollout and two evaluations
     trained = len(asked)
     assert trained > 2
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("iterations: 1", "iterations: 2"))

@@ -135,12 +135,16 @@ class Around:
         return result
 
 
-class _Fetch(torch.autograd.Function):
-    """On what a module returns: before its backward pass its weights are fetched, once for each time that it ran."""
+class _Through(torch.autograd.Function):
+    """Gives on what it is given."""
 
     @staticmethod
     def forward(around: Around, tensor: Tensor) -> Tensor:
         return tensor.detach()
+
+
+class _Fetch(_Through):
+    """On what a module returns: before its backward pass its weights are fetched, once for each time that it ran."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:
@@ -157,12 +161,8 @@ class _Fetch(torch.autograd.Function):
         return None, *gradients
 
 
-class _Release(torch.autograd.Function):
+class _Release(_Through):
     """On what a module is given: when the gradients of all of it are known, its weights are released."""
-
-    @staticmethod
-    def forward(around: Around, tensor: Tensor) -> Tensor:
-        return tensor.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:

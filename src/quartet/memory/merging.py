@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quartet.distributed import CUTTING
-from quartet.errors import ConfigError
 from quartet.memory.choices import Choices
 from quartet.memory.figures import PhaseBytes
+from quartet.memory.refusals import refuse_asked_for
 from quartet.models.plan import SharingPlan
+
+KEY = "rollout.merge_adapters"
 
 
 def merges_adapters(plan: SharingPlan, choices: Choices, phase: Callable[[str, bool], PhaseBytes]) -> bool:
@@ -29,9 +31,8 @@ def merges_adapters(plan: SharingPlan, choices: Choices, phase: Callable[[str, b
     reason = _why_not(plan, choices)
     if reason is None and phase("rollout", True).peak == phase("rollout", False).peak:
         reason = "no layer of this model takes an adapter in, or the static engine cannot drive it"
-    if wanted != "auto":
-        if reason is not None:
-            raise ConfigError(f"rollout.merge_adapters=true, and {reason}; use rollout.merge_adapters=auto")
+    if wanted is True:
+        refuse_asked_for(KEY, reason)
         return True
     if reason is not None:
         return False
@@ -48,11 +49,10 @@ def still_merges(plan: SharingPlan, choices: Choices, before: bool) -> bool:
         ConfigError: asked for, where it is not possible.
     """
     wanted, reason = choices.merge_adapters, _why_not(plan, choices)
-    if wanted is True and not before and reason is not None:
-        raise ConfigError(f"rollout.merge_adapters=true, and {reason}; use rollout.merge_adapters=auto")
-    if wanted == "auto":
-        return before and reason is None and choices.dtype == "bfloat16"
-    return wanted and reason is None
+    if wanted is True:
+        refuse_asked_for(KEY, reason)
+        return True
+    return wanted == "auto" and before and reason is None and choices.dtype == "bfloat16"
 
 
 def _why_not(plan: SharingPlan, choices: Choices) -> str | None:

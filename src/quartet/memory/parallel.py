@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from quartet.errors import ConfigError
 from quartet.memory.choices import Choices
 from quartet.memory.figures import PhaseBytes
+from quartet.memory.refusals import refuse_asked_for
 from quartet.models.plan import SharingPlan
 
+KEY = "run.parallel_passes"
 SHARE = 0.5
 """Of the free memory that a run may take with the activations of both models, for `auto` to choose it."""
 
@@ -31,9 +32,8 @@ def passes_in_parallel(
     if not wanted:
         return False
     reason = _why_not(plan, choices)
-    if wanted != "auto":
-        if reason is not None:
-            raise ConfigError(f"run.parallel_passes=true, and {reason}; use run.parallel_passes=auto")
+    if wanted is True:
+        refuse_asked_for(KEY, reason)
         return True
     # In float32 the products keep all threads busy: there is nothing to gain (measured).
     return reason is None and choices.dtype == "bfloat16" and (free is None or update().peak <= SHARE * free)
@@ -49,8 +49,8 @@ def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool
         ConfigError: asked for, where it is not possible.
     """
     wanted, reason = choices.parallel_passes, _why_not(plan, choices)
-    if wanted is True and not before and reason is not None:
-        raise ConfigError(f"run.parallel_passes=true, and {reason}; use run.parallel_passes=auto")
+    if wanted is True and not before:
+        refuse_asked_for(KEY, reason)
     return bool(wanted) and reason is None and (before or wanted is True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quartet.errors import ConfigError
 from quartet.memory.adapter_sizes import stored_rank
 from quartet.memory.choices import Choices
 from quartet.memory.holdings import Holdings
@@ -29,3 +30,9 @@ def refuse_unloadable(plan: SharingPlan, choices: Choices, holdings: Holdings, d
             if adapter.trainable and adapter.source is not None and choices.lora is not None:
                 owner = holdings.owner(adapter.name)
                 refuse_smaller_rank(owner, stored_rank(owner), choices.lora.r)
+
+
+def refuse_asked_for(key: str, reason: str | None) -> None:
+    """Refuse a setting that is true and has no effect here for some reason; raises ConfigError."""
+    if reason is not None:
+        raise ConfigError(f"{key}=true, and {reason}; use {key}=auto")

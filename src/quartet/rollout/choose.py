@@ -48,7 +48,8 @@ def make_engine(
             raise ConfigError(
                 f"rollout.engine=static cannot drive {model}: {reason}; use rollout.engine=auto or dynamic"
             ) from reason
-        say(f"rollout.engine=auto takes the dynamic engine for {model}: {reason}")
+        unmerged = "; it does not merge adapters" if merged else ""
+        say(f"rollout.engine=auto takes the dynamic engine for {model}: {reason}{unmerged}")
         return DynamicEngine(policy, settings)
     if cuda_graphs and policy.backbone.device.type == "cuda":
         try:
