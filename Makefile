@@ -11,8 +11,8 @@ ARGS ?=
 
 setup: $(STAMP)
 
-# Repeated only when the pins or the dependencies change.
-$(STAMP): constraints.txt pyproject.toml
+# Repeated only when the pins, the dependencies or the kernels change.
+$(STAMP): constraints.txt pyproject.toml hatch_build.py $(wildcard src/quartet/kernels/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,trackers,quantization,deepspeed,dev]"
 	touch $(STAMP)

@@ -59,3 +59,16 @@ def tiny_run(library: Any, tmp_path: Path) -> TinyRun:
         return changed(tree, changes)
 
     return make
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test runs twice: with the compiled kernels, where there are some, and without."""
+    from quartet.kernels import elementwise
+
+    by: str = request.param
+    if by == "torch":
+        monkeypatch.setattr(elementwise, "kernel", lambda _: None)
+    elif elementwise.kernel("silu_product_f32") is None:
+        pytest.skip("no kernels: no compiler was there at installation")
+    return by

@@ -26,6 +26,7 @@ LAYERS = (
     "config",
     "records",
     "ops",
+    "kernels",
     "distributed",
     "models",
     "rewards",

@@ -22,6 +22,7 @@ from quartet.models.gated import gated, gated_down
 from quartet.models.linears import FastLinear, use_fast_linears
 from quartet.models.precision import autocast
 
+pytestmark = pytest.mark.usefixtures("computed_by")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 LAYERS = {
     "llama mlp": lambda: LlamaMLP(LlamaConfig(**SMALL)),
@@ -56,9 +57,14 @@ def test_results_and_gradients_are_the_librarys(name: str, linears: bool, dtype:
     states = torch.randn(3, 5, 16, dtype=dtype)
     expected, found = gradients(plain, states), gradients(fused, states)
     assert len(expected) == len(found) == 1 + 1 + len(list(plain.parameters()))
-    for one, other in zip(expected, found, strict=True):
+    exact = gradients(copy.deepcopy(plain).double(), states.double())
+    for one, other, right in zip(expected, found, exact, strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(other, one, **({"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}))
+        if dtype == torch.float32:
+            torch.testing.assert_close(other, one)
+        # Where the library rounds more often than a kernel its gradients are no measure, but the exact ones are.
+        theirs, ours = ((t.double() - right).norm() / right.norm() for t in (one, other))
+        assert ours <= max(1.5 * theirs, 1e-6)
     with torch.no_grad():
         assert torch.equal(fused(states), plain(states))
 

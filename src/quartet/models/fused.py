@@ -1,4 +1,5 @@
-"""Gated MLPs and RMS norms that keep less for the backward pass than the operations they are written with."""
+"""Gated MLPs and RMS norms that keep less for the backward pass than the operations they are written with, and the layers
+that take passes of their own."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quartet import kernels
 from quartet.models.gated import multiplied
 from quartet.models.gated_mlp import gated_mlp
 from quartet.models.layout import packed_now
 from quartet.models.linears import is_replaced
+from quartet.models.precision import on_cpu
+from quartet.models.rotary import turning_class
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 """What the forward of a gated MLP computes, in the source of every family that has one."""
@@ -26,7 +30,7 @@ _kinds: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
 def use_fused_layers(model: nn.Module) -> None:
-    """Let gated MLPs and RMS norms take their own passes where gradients are taken.
+    """Let gated MLPs, RMS norms and the rotary embeddings of attention take their own passes where gradients are taken.
 
     Layers are known by what the source of their forward says, whatever their class is called; others stay as they are.
     Without gradients every layer computes, bit for bit, what the library's does.
@@ -53,7 +57,7 @@ def _fused_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
             source = inspect.getsource(kind.forward)
         except (OSError, TypeError):
             source = ""
-        made = _gated_class(kind) if GATED in source else None
+        made = _gated_class(kind) if GATED in source else turning_class(kind)
         _kinds[kind] = _norm_class(kind) if all(line in source for line in RMS_NORM) else made
     return _kinds[kind]
 
@@ -87,6 +91,10 @@ def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        found = kernels.rms_norm(states, weight, eps) if on_cpu(states) else None
+        if found is not None:
+            ctx.save_for_backward(states, weight, found[1])
+            return found[0]
         wide = states.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(states, weight, scale)
@@ -97,6 +105,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, weight, scale = ctx.saved_tensors
+        if on_cpu(states):
+            of_weight = ctx.needs_input_grad[1]
+            found = kernels.rms_norm_gradient(gradient.contiguous(), states, weight, scale, of_weight=of_weight)
+            if found is not None:
+                return *found, None
         normal = states.float() * scale
         gradient = gradient.float()
         by_weight = None

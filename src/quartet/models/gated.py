@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from quartet import kernels
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linears import (
     FastLinear,
@@ -124,11 +125,18 @@ class _GatedDown(torch.autograd.Function):
 
 def multiplied(activation: Activation, gate: Tensor, up: Tensor, room: Tensor | None = None) -> Tensor:
     """`activation(gate) * up` in the memory of the activation, which is the first columns of `room` if that can be."""
-    if room is not None and isinstance(activation, SiLUActivation | nn.SiLU):
+    if room is not None and is_silu(activation):
+        if kernels.silu_product(gate, up, room[:, : gate.shape[1]]):
+            return room[:, : gate.shape[1]]
         active: Tensor = torch.ops.aten.silu.out(gate, out=room[:, : gate.shape[1]])
         return active.mul_(up)
     active = activation(gate)
     return active * up if active is gate else active.mul_(up)
+
+
+def is_silu(activation: Activation) -> bool:
+    """Whether this is `x sigmoid(x)`, which has kernels of its own."""
+    return isinstance(activation, SiLUActivation | nn.SiLU)
 
 
 def with_slope(
@@ -136,7 +144,7 @@ def with_slope(
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
     """`activation(gate)`, in `room` if that can be, and the function from a gradient of it to that of the gate, which may use
     the memory of its second argument, even the gate's own."""
-    if isinstance(activation, SiLUActivation | nn.SiLU):
+    if is_silu(activation):
         active = nn.functional.silu(gate) if room is None else torch.ops.aten.silu.out(gate, out=room)
         return active, lambda gradient, room: torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=room)
     leaf = gate.detach().requires_grad_()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quartet import kernels
 from quartet.models.converted import CONVERTED
-from quartet.models.gated import Activation, gated_down, multiplied, weights_of, with_slope
+from quartet.models.gated import Activation, gated_down, is_silu, multiplied, weights_of, with_slope
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.models.linears import Weights, add_low_rank, computed_in, has_onednn, low_rank_gradients, upright
@@ -198,21 +199,28 @@ def _through_activation(
         by_low = (gradient @ upright(layer.up).t()).mul_(layer.scale)
         by_lora_down = torch.empty_like(layer.down)
         gradients.found[2:] = by_lora_down, (low.t() @ gradient).mul_(layer.scale).t()
-    rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(3)]
+    rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(2)]
     for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]
-        room, by_between, between = (room[:, : gate.shape[1]] for room in rooms)
+        by_between, between = (room[:, : gate.shape[1]] for room in rooms)
         torch.mm(gradient, layer.weight[:, block], out=by_between)
-        active, slope = with_slope(activation, gate, room)
-        if by_low is not None or gradients.of_weight:
-            torch.mul(active, up, out=between)
-        gradients.of_layer(gradient, between)
-        if by_low is not None and by_lora_down is not None and layer.down is not None:
-            torch.mm(by_low.t(), between, out=by_lora_down[:, block])
+        if by_low is not None and layer.down is not None:
             by_between.addmm_(by_low, layer.down[:, block])
+        asked = between if by_low is not None or gradients.of_weight else None
+        at_once = is_silu(activation) and kernels.silu_gradient(by_between, gate, up, gate, up, asked)
+        room = None if at_once else LENDER.borrowed(gates, *gate.shape)
+        active, slope = (gate, None) if room is None else with_slope(activation, gate, room)
+        if slope is not None and asked is not None:
+            torch.mul(active, up, out=asked)
+        gradients.of_layer(gradient, between)
+        if by_low is not None and by_lora_down is not None:
+            torch.mm(by_low.t(), between, out=by_lora_down[:, block])
+        if room is None or slope is None:
+            continue
         by_active = torch.mul(by_between, up, out=between)
         torch.mul(by_between, active, out=up)
         found = slope(by_active, gate)
         if found is not gate:
             gate.copy_(found)
+        LENDER.given_back(room)
     LENDER.given_back(*rooms)

@@ -1,0 +1,159 @@
+"""The kernels on tensors: shapes and dtypes looked at, memory handed over.
+
+A tensor that only stands for one in a plan of memory is left as it is: what a kernel needs is given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quartet.kernels.library import DTYPES, fit, kernel
+
+
+def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
+    """`silu(gate) * up` into `out`: `[rows, columns]` each, in one dtype; `out` may be either of them.
+
+    Returns:
+        Whether it was computed.
+    """
+    tensors = (gate, up, out)
+    function = _for_rows(tensors, "silu_product")
+    if function is None:
+        return False
+    if not _stands_for_another(*tensors):
+        pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
+        function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+    return True
+
+
+def silu_gradient(
+    by_product: Tensor, gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor, product: Tensor | None
+) -> bool:
+    """From the gradient of `silu(gate) * up` those of gate and up, and the product itself again where that is asked for.
+
+    Args:
+        by_product, gate, up: `[rows, columns]`, in one dtype, as are all that follow.
+        by_gate, by_up, product: written to; the first two may be any of what is given.
+
+    Returns:
+        Whether it was computed.
+    """
+    tensors = (by_product, gate, up, by_gate, by_up, *(() if product is None else (product,)))
+    function = _for_rows(tensors, "silu_gradient")
+    if function is None:
+        return False
+    if not _stands_for_another(*tensors):
+        pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
+        if product is None:
+            pointers, strides = [*pointers, 0], [*strides, 0]
+        function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+    return True
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """`x r w` with `r = 1 / sqrt(mean(x^2) + eps)` of each row, and r.
+
+    Args:
+        states: x, `[..., features]`; contiguous and in float32, like the weight.
+
+    Returns:
+        Shapes `[..., features]` and `[..., 1]`; None where there is no kernel for these tensors.
+    """
+    function = _for_float32((states, weight), "rms_norm")
+    if function is None:
+        return None
+    out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1)
+    tensors = (states, weight, out, scales)
+    if not _stands_for_another(*tensors):
+        pointers, columns = [t.data_ptr() for t in tensors], len(weight)
+        function(*pointers, states.numel() // columns, columns, eps, torch.get_num_threads())
+    return out, scales
+
+
+def rms_norm_gradient(
+    gradient: Tensor, states: Tensor, weight: Tensor, scales: Tensor, *, of_weight: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Gradients of what `rms_norm` was given.
+
+    Args:
+        gradient, states: `[..., features]`, contiguous and in float32, like the weight.
+        scales: the second that `rms_norm` gave.
+        of_weight: whether the weight's is asked for; each of torch's threads sums up its rows' part.
+
+    Returns:
+        The gradient of the states and that of the weight; None where there is no kernel for these tensors.
+    """
+    function = _for_float32((gradient, states, weight, scales), "rms_norm_gradient")
+    if function is None:
+        return None
+    by_states, threads = torch.empty_like(states), torch.get_num_threads()
+    parts = weight.new_zeros(threads, len(weight)) if of_weight else None
+    if not _stands_for_another(gradient, states):
+        pointers = [t.data_ptr() for t in (gradient, states, weight, scales, by_states)]
+        function(*pointers, 0 if parts is None else parts.data_ptr(), scales.numel(), len(weight), threads)
+    return by_states, None if parts is None else parts.sum(0)
+
+
+def rotary_fits(states: Tensor, cosines: Tensor, sines: Tensor) -> bool:
+    """Whether `rotary` has a kernel for these tensors."""
+    if states.dtype not in DTYPES or states.ndim != 4 or cosines.ndim != 3 or not fit(states, cosines, sines):
+        return False
+    n, _, tokens, width = states.shape
+    return (
+        width % 2 == 0
+        and len(cosines) in (1, n)
+        and cosines.shape[1:] == (tokens, width)
+        and cosines.shape == sines.shape
+        and cosines.stride() == sines.stride()
+        and cosines.dtype == sines.dtype == torch.float32
+        and states.stride(3) == cosines.stride(2) == 1
+        and kernel(f"rotary_{DTYPES[states.dtype]}") is not None
+    )
+
+
+def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of halves: `x cos + (-x2, x1) sin` with x = (x1, x2).
+
+    Args:
+        states: x, `[n, heads, tokens, width]`, in any order in memory but for the width.
+        cosines, sines: `[n or 1, tokens, width]`, float32, of one layout.
+        back: turn back: the gradient's way.
+
+    Returns:
+        Shape, dtype and order of `states`.
+
+    Raises:
+        ValueError: there is no kernel for these tensors.
+    """
+    function = kernel(f"rotary_{DTYPES[states.dtype]}") if rotary_fits(states, cosines, sines) else None
+    if function is None:
+        raise ValueError(f"no kernel turns {tuple(states.shape)} in {states.dtype} by {tuple(cosines.shape)} angles")
+    out = torch.empty_like(states)
+    if not _stands_for_another(states, cosines):
+        n, heads, tokens, width = states.shape
+        strides = [t.stride(axis) for t in (states, out) for axis in (0, 2, 1)]
+        angles = [0 if len(cosines) == 1 else cosines.stride(0), cosines.stride(1)]
+        pointers = [t.data_ptr() for t in (states, cosines, sines, out)]
+        function(*pointers, n, tokens, heads, width, *strides, *angles, back, torch.get_num_threads())
+    return out
+
+
+def _for_rows(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
+    first = tensors[0]
+    if first.dtype not in DTYPES or not fit(*tensors):
+        return None
+    alike = all(t.dtype == first.dtype and t.shape == first.shape and t.stride(1) == 1 for t in tensors)
+    return kernel(f"{name}_{DTYPES[first.dtype]}") if first.ndim == 2 and alike else None
+
+
+def _for_float32(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
+    plain = fit(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return kernel(name) if plain else None
+
+
+def _stands_for_another(*tensors: Tensor) -> bool:
+    return any(type(t) is FakeTensor for t in tensors)

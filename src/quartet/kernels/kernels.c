@@ -1,0 +1,126 @@
+/* Elementwise passes of training on a CPU, each in one walk over memory.
+ *
+ * Plain C: no header of torch or Python, so that one build serves every version of both. The functions that the library
+ * exports take raw pointers, sizes and the number of threads; kernels/__init__.py checks tensors and calls them.
+ * Numbers are computed in float32 and rounded once, to the dtype of the output. NaN and infinities pass through.
+ */
+#include <stdint.h>
+#include <math.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define LEAST 16384 /* numbers below which a second thread costs more than it saves */
+
+typedef uint16_t bf16;
+
+typedef union { uint32_t bits; float number; } either;
+
+INLINE float as_float(uint32_t bits) { return ((either){.bits = bits}).number; }
+INLINE uint32_t as_bits(float f) { return ((either){.number = f}).bits; }
+INLINE float load_f32(const float *p) { return *p; }
+INLINE void store_f32(float *p, float f) { *p = f; }
+INLINE float load_bf16(const bf16 *p) { return as_float((uint32_t)*p << 16); }
+INLINE void store_bf16(bf16 *p, float f) {
+    uint32_t bits = as_bits(f); /* to the nearest, ties to even */
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *p = (bf16)(f != f ? 0x7fc0u : rounded);
+}
+
+/* 1 / (1 + e^-x), with e^-x to 1e-7 of itself: Cody and Waite's reduction, the polynomial of Cephes' expf. Beyond 60 either
+ * way it stays what it is there, 1 or 1e-26: nothing comes near the smallest numbers, with which processors are slow. */
+INLINE float sigmoid(float x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    float y = -x;
+    y = y > 60.0f ? 60.0f : y;
+    y = y < -60.0f ? -60.0f : y;
+    float shifted = y * 1.44269504088896341f + magic, whole = shifted - magic;
+    float r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return 1.0f / (1.0f + p * as_float((as_bits(shifted) << 23) + 0x3f800000u));
+}
+
+/* Each kernel works on rows `from` to `to`; the exported function shares the rows among threads. */
+#define RANGE(rows, threads, call)                                                                                      \
+    do {                                                                                                                \
+        if (threads < 2) {                                                                                              \
+            long from = 0, to = rows;                                                                                   \
+            long thread = 0;                                                                                            \
+            (void)thread;                                                                                               \
+            call;                                                                                                       \
+        } else {                                                                                                        \
+            _Pragma("omp parallel for schedule(static) num_threads((int)threads)") for (long thread = 0; thread < threads;   \
+                                                                                   thread++) {                          \
+                long from = rows * thread / threads, to = rows * (thread + 1) / threads;                                \
+                call;                                                                                                   \
+            }                                                                                                           \
+        }                                                                                                               \
+    } while (0)
+
+#define NUMBER float
+#define LOAD load_f32
+#define STORE store_f32
+#define NAMED(kernel) kernel##_f32
+#include "typed.h"
+#undef NUMBER
+#undef LOAD
+#undef STORE
+#undef NAMED
+#define NUMBER bf16
+#define LOAD load_bf16
+#define STORE store_bf16
+#define NAMED(kernel) kernel##_bf16
+#include "typed.h"
+
+/* y = x r w with r = 1 / sqrt(mean(x^2) + eps), r kept for each row. */
+CLONES static void rms_norm_rows(const float *restrict states, const float *restrict weight, float *restrict out,
+                                 float *restrict scales, long from, long to, long columns, float eps) {
+    for (long i = from; i < to; i++) {
+        const float *x = states + i * columns;
+        float *y = out + i * columns, sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (long j = 0; j < columns; j++) sum += x[j] * x[j];
+        float scale = 1.0f / sqrtf(sum / (float)columns + eps);
+        scales[i] = scale;
+        for (long j = 0; j < columns; j++) y[j] = x[j] * scale * weight[j];
+    }
+}
+
+void rms_norm(const float *states, const float *weight, float *out, float *scales, long rows, long columns, float eps,
+              long threads) {
+    if (rows * columns < LEAST) threads = 1;
+    RANGE(rows, threads, rms_norm_rows(states, weight, out, scales, from, to, columns, eps));
+}
+
+/* by_states = r (g w - n mean(g w n)) with n = x r; by_weight, `[threads, columns]` of zeros or null, the sum of g n. */
+CLONES static void rms_norm_gradient_rows(const float *restrict gradient, const float *restrict states,
+                                          const float *restrict weight, const float *restrict scales,
+                                          float *restrict by_states, float *restrict by_weight, long from, long to,
+                                          long columns) {
+    for (long i = from; i < to; i++) {
+        const float *g = gradient + i * columns, *x = states + i * columns;
+        float *d = by_states + i * columns, scale = scales[i], sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (long j = 0; j < columns; j++) sum += g[j] * weight[j] * x[j];
+        float along = sum * scale * scale / (float)columns;
+        for (long j = 0; j < columns; j++) d[j] = (g[j] * weight[j] - x[j] * along) * scale;
+        if (by_weight)
+            for (long j = 0; j < columns; j++) by_weight[j] += g[j] * x[j] * scale;
+    }
+}
+
+void rms_norm_gradient(const float *gradient, const float *states, const float *weight, const float *scales,
+                       float *by_states, float *by_weight, long rows, long columns, long threads) {
+    RANGE(rows, threads,
+          rms_norm_gradient_rows(gradient, states, weight, scales, by_states,
+                                 by_weight ? by_weight + thread * columns : by_weight, from, to, columns));
+}

@@ -1,0 +1,71 @@
+"""The compiled kernels: found, and loaded so that they share torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+FILE = Path(__file__).parent / "kernels.so"
+"""Compiled from kernels.c at installation (hatch_build.py); not there if there was no compiler."""
+ARGUMENTS = {"silu_product": 9, "silu_gradient": 15, "rms_norm": 8, "rms_norm_gradient": 9, "rotary": 18}
+"""Of each kernel: pointers and whole numbers, `long` all of them, but for one float."""
+EPSILON = 6
+"""The argument of `rms_norm` that is a float."""
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""Kernels for one of these dtypes are named so."""
+
+_log = logging.getLogger("quartet")
+
+
+@cache
+def kernel(name: str) -> Callable[..., None] | None:
+    """A kernel by its name, without or with a dtype's; None where there are none."""
+    library = _library()
+    if library is None:
+        return None
+    function: Any = getattr(library, name)
+    kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[name.removesuffix("_f32").removesuffix("_bf16")]
+    if name == "rms_norm":
+        kinds[EPSILON] = ctypes.c_float
+    function.argtypes, function.restype = kinds, None
+    found: Callable[..., None] = function
+    return found
+
+
+def fit(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
+    return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter, FakeTensor) for t in tensors)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The library, after the one that holds torch's threads: a second one would have threads of its own."""
+    threads = _threads_of_torch()
+    if not FILE.exists() or threads is None:
+        return None
+    try:
+        ctypes.CDLL(threads, ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(FILE))
+    except OSError as error:
+        _log.warning(
+            "The compiled kernels in %s do not load (%s): torch's operations compute in their place", FILE, error
+        )
+        return None
+
+
+def _threads_of_torch() -> str | None:
+    """The file with the OpenMP that this process has loaded; None where it has none, or several."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    files = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line}
+    return files.pop() if len(files) == 1 else None
