@@ -81,13 +81,13 @@ def measure(root: Path, spec: dict[str, Any], *, merged: bool) -> dict[str, Any]
     """
     import torch
 
+    from quartet.allocator import return_gaps
     from quartet.models.checkpoint_info import read_checkpoint
     from quartet.models.loading import load_roles, plan_for
     from quartet.models.packing import allow_packing
     from quartet.records import Prompts
     from quartet.rollout.choose import make_engine
     from quartet.rollout.engine import SamplingSettings
-    from quartet.run.allocator import return_gaps
     from quartet.stages.advantages import compute_advantages
     from quartet.stages.batching import scoring_rows
     from quartet.stages.optimizer import make_optimizer

@@ -19,10 +19,10 @@ import torch
 from probe import LORA_ALPHA, LORA_LINEARS, LORA_RANK, Probe, settle, warm_up, write_result
 from torch.profiler import ProfilerActivity, profile
 
+from quartet.allocator import return_gaps
 from quartet.config import Config, parse_config
 from quartet.distributed import SingleProcess
 from quartet.models.precision import resolve_device, resolve_dtype
-from quartet.run.allocator import return_gaps
 from quartet.run.progress import Progress
 from quartet.run.session import Session
 from quartet.stages.advantages import compute_advantages

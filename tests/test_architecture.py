@@ -23,6 +23,7 @@ from quartet.config.load import known_keys
 ROOT = Path(quartet.__file__).parent
 LAYERS = (
     "errors",
+    "allocator",
     "config",
     "records",
     "ops",

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from quartet.distributed import BackboneWeights, WeightKeeper, choose, stage3
+from quartet.distributed import BackboneWeights, WeightKeeper, choose, stage3, stage3_hooks, stage3_weights
 from quartet.distributed.deepspeed_setup import import_deepspeed
 from quartet.distributed.fsdp2 import FullyShardedDataParallel
-from quartet.distributed.zero3 import Zero3
+from quartet.distributed.zero3 import Zero3, Zero3Weights
 from quartet.models.offload import refuse_unmovable
 from quartet.run import setup
 from quartet.run.progress import Progress
@@ -82,7 +84,14 @@ def train_in_folder(values: dict[str, Any], folders: list[Path]) -> str:
     return str(train(values))
 
 
-FUNCTIONS = (stage3.FETCH, stage3.RELEASE)
+FUNCTIONS = (stage3_hooks.FETCH, stage3_hooks.RELEASE)
+
+
+def different_hooks(model: torch.nn.Module) -> int:
+    """How many functions DeepSpeed's hooks on the modules inside of a model are."""
+    inside = [module for module in model.modules() if module is not model]
+    here = [(*module._forward_pre_hooks.values(), *module._forward_hooks.values()) for module in inside]
+    return len({id(hook) for hooks in here for hook in hooks if hook.__module__.startswith("deepspeed")})
 
 
 def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, Any]:
@@ -91,11 +100,14 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
     Args:
         known: whether DeepSpeed's set-up is taken for the one that is known.
     """
-    found: dict[str, Any] = {"said": []}
-    prepare, backward = Zero3.prepare, Zero3.backward
+    found: dict[str, Any] = {"said": [], "cut into place": []}
+    prepare, backward, hold, join = Zero3.prepare, Zero3.backward, Zero3Weights.whole, stage3_weights.joined
 
     def prepared(self: Zero3, *arguments: Any) -> Any:
         result = prepare(self, *arguments)
+        found["whole in set-up"] = gathered.copy()
+        cut = sorted(result.module.parameters(), key=lambda p: p.ds_id)
+        found["cut"] = [(p.requires_grad, p.ds_numel) for p in cut]
         zero = self._engine.optimizer
         pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True)
         found["shared"] = all(master.data_ptr() == weights.data_ptr() for master, weights in pairs)
@@ -104,6 +116,11 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
         bare = [m for m in result.module.modules() if next(m.parameters(recurse=False), None) is None]
         found["hooks without weights"] = sum(len(module._forward_pre_hooks) for module in bare)
         functions = {name: [vars(m)[name] for m in result.module.modules() if name in vars(m)] for name in FUNCTIONS}
+        found["hooks"], found["names"] = different_hooks(result.module), len(debug.module_names)
+        of_weights = [
+            function for p in result.module.parameters() for function in vars(p).values() if callable(function)
+        ]
+        found["functions"] = len({id(getattr(function, "__func__", function)) for function in of_weights})
         found["modules"] = min(len(those) for those in functions.values())
         found["classes"] = len(
             {of if isinstance(of, type) else type(of) for those in functions.values() for of in those}
@@ -117,7 +134,30 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
         found.setdefault("gradients then", float(flat.abs().sum()))
         found.setdefault("in their places", sum(place.numel() for place in places.values()) == flat.numel())
 
+    @contextmanager
+    def whole(self: Zero3Weights) -> Iterator[None]:
+        with hold(self):
+            found["hooks when whole"] = different_hooks(self.hooks.module)
+            yield
+        found["hooks then"] = different_hooks(self.hooks.module)
+
+    def joined(tensors: list[Tensor]) -> Tensor | None:
+        flat = join(tensors)
+        found["cut into place"].append(flat is not None)
+        return flat
+
+    from deepspeed.runtime.zero import Init
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils import debug
+
+    gathered: list[int] = []
+    gather = Init._all_gather
+
+    def gathering(self: Any, weights: Any, *arguments: Any, **options: Any) -> Any:
+        gathered.extend(weight.ds_id for weight in weights)
+        return gather(self, weights, *arguments, **options)
+
+    Init._all_gather = gathering
 
     def counting(name: str) -> Any:
         function, key = getattr(DeepSpeedZeRoOffload, name), f"calls of {name}"
@@ -135,8 +175,10 @@ def train_watching_stage3(values: dict[str, Any], *, known: bool) -> dict[str, A
     handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("quartet").addHandler(handler)
     Zero3.prepare, Zero3.backward = prepared, passed  # type: ignore[method-assign, assignment]
+    Zero3Weights.whole = whole  # type: ignore[method-assign, assignment]
+    stage3_weights.joined = joined
     if not known:
-        stage3.USED.add("what no DeepSpeed has")
+        stage3.USED[stage3.SETUP].add("what no DeepSpeed has")
     train(values)
     return found
 
@@ -213,7 +255,8 @@ def train_offloaded(values: dict[str, Any]) -> dict[str, bool]:
     """A run under `models.offload: cpu` whose models are taken to be on a GPU; by backbone, whether its shares rest in host
     memory."""
     found: dict[str, bool] = {}
-    keep, deepspeed = FullyShardedDataParallel.keep, import_deepspeed(torch.device("cpu"))
+    keep, keep3, deepspeed = FullyShardedDataParallel.keep, Zero3.keep, import_deepspeed(torch.device("cpu"))
+    owners: dict[Tensor, str] = {}
 
     def kept(self: FullyShardedDataParallel, weights: BackboneWeights) -> WeightKeeper:
         keeper, backbone = keep(self, weights), cast(Any, weights.module)
@@ -222,15 +265,21 @@ def train_offloaded(values: dict[str, Any]) -> dict[str, bool]:
         (found[backbone.spec.name],) = {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
         return keeper
 
+    def kept3(self: Zero3, weights: BackboneWeights) -> WeightKeeper:
+        name = cast(Any, weights.module).spec.name
+        owners.update(dict.fromkeys(weights.module.parameters(), name))
+        return keep3(self, weights)
+
     class Cut(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
         """What lays the shares out."""
 
         def __init__(self, *, module: Any, **options: Any) -> None:
             super().__init__(module=module, **options)
-            # A place of DeepSpeed's own, where it is not the device.
-            found[module._module.spec.name] = self.remote_device == "cpu"
+            for weight in owners.keys() & set(module._weights):
+                # A place of DeepSpeed's own, where it is not the device.
+                found[owners[weight]] = self.remote_device == "cpu"
 
-    FullyShardedDataParallel.keep, deepspeed.zero.Init = kept, Cut  # type: ignore[method-assign]
+    FullyShardedDataParallel.keep, Zero3.keep, deepspeed.zero.Init = kept, kept3, Cut  # type: ignore[method-assign]
     cuda = torch.device("cuda")
     setup.refuse_unmovable = lambda models, plan, _, cut: refuse_unmovable(models, plan, cuda, cut=cut)  # type: ignore[assignment]
     train(values)

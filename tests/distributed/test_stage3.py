@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,9 @@ import pytest
 
 from distributed.runs import exported, largest_difference, train_watching_stage3
 from processes import results
-from quartet.distributed.stage3 import HOOKS, SETUP, STATES, as_expected
+from quartet.distributed.stage3 import FLAT, NAMES, REDUCE, SETUP, STATES, as_expected, found_functions
+from quartet.distributed.stage3_hooks import EXTERNAL, INJECT, REGISTER
+from quartet.distributed.stage3_weights import CONVERT
 from tiny import TinyRun, changed
 
 
@@ -54,24 +60,75 @@ def test_masters_are_the_weights_and_gradients_come_with_the_first_backward(
     assert other["modules"] > lean["modules"] > 10
     for calls in ("calls of pre_sub_module_backward_function", "calls of post_sub_module_backward_function"):
         assert lean[calls] == other[calls] > 100  # weights are fetched and released as often
+    assert (lean["hooks"], other["hooks"]) == (4, 4 * (other["modules"] - 1))
+    assert lean["hooks when whole"] == other["hooks when whole"] == 0
+    assert (lean["hooks then"], other["hooks then"]) == (4, 4 * (other["modules"] - 1))
+    assert lean["functions"] < 10 * 2 < other["functions"]
+    assert lean["cut"] == sorted(lean["cut"], key=lambda one: (not one[0], -one[1]))
+    assert lean["whole in set-up"] == []
+    assert len(other["whole in set-up"]) == sum(trained for trained, _ in other["cut"]) > 0
+    assert lean["names"] == 0 < other["names"]
+    assert lean["cut into place"] == [True]
+    assert other["cut into place"] == []
     assert len(other["said"]) == 1
     assert "is not known here" in other["said"][0]
     weights = [exported(tmp_path / name / "run") for name in ("lean", "other")]
     assert largest_difference(*weights) == 0
 
 
+_IMPORTS = """
+import sys
+import torch
+from quartet.distributed import deepspeed_setup
+deepspeed_setup.LATER = ("deepspeed.no_such_module", *deepspeed_setup.LATER)
+deepspeed_setup.import_deepspeed(torch.device("cpu"))
+print(*set(deepspeed_setup.LATER) - set(sys.modules))
+"""
+
+
+def test_what_deepspeed_imports_while_it_loads_is_there_before() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _IMPORTS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["deepspeed.no_such_module"]
+
+
 def _sets_its_own_functions(self: Any, module: Any, count: list[int] = [0]) -> None:  # noqa: B006
     """Takes the number of modules as DeepSpeed's does, but does not look for what is set already."""
 
 
-def test_what_is_expected_of_deepspeed() -> None:
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+def edited(function: Any, old: str, new: str) -> Any:
+    """One of DeepSpeed's functions as it would be with another line in it."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1
+    defined: dict[str, Any] = {}
+    exec(source.replace(old, new), function.__globals__, defined)
+    return defined[function.__name__]
 
-    optimizer, hooks = vars(DeepSpeedZeroOptimizer_Stage3), vars(DeepSpeedZeRoOffload)
-    assert as_expected(optimizer, hooks)
-    for name in (SETUP, STATES):
-        assert not as_expected({key: value for key, value in optimizer.items() if key != name}, hooks)
-    assert not as_expected({**optimizer, SETUP: lambda self: None}, hooks)
-    assert not as_expected(optimizer, {HOOKS: lambda self, module, count: None})
-    assert not as_expected(optimizer, {HOOKS: _sets_its_own_functions})
+
+def test_what_is_expected_of_deepspeed() -> None:
+    found = found_functions()
+    assert as_expected(found)
+    for name in (SETUP, STATES, FLAT, NAMES, REDUCE, REGISTER, EXTERNAL, INJECT, CONVERT):
+        assert not as_expected({key: value for key, value in found.items() if key != name})
+    for name in (SETUP, FLAT, NAMES, REDUCE, EXTERNAL, INJECT, CONVERT):
+        assert not as_expected({**found, name: lambda self: None})
+    for register in (lambda self, module, count: None, _sets_its_own_functions):
+        assert not as_expected({**found, REGISTER: register})
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "same", "other"),
+    [
+        (REGISTER, "hook(module, *args)", "hook(module, *arguments)", "hook(given, *args)"),  # a hook for one module
+        (CONVERT, "self._convert_to_zero_parameters(p", "self._convert_to_zero_parameters(p", "self._convert(param, p"),
+        (
+            CONVERT,
+            "return self._aligned_size(",
+            "return +self._aligned_size(",
+            "return partition and self._aligned_size(",
+        ),
+    ],
+)
+def test_functions_that_are_shared_know_no_more_than_they_did(name: str, line: str, same: str, other: str) -> None:
+    found = found_functions()
+    assert as_expected({**found, name: edited(found[name], line, same)})
+    assert not as_expected({**found, name: edited(found[name], line, other)})

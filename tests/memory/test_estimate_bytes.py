@@ -208,6 +208,13 @@ def test_a_process_engine_adds_to_what_libraries_keep(tiny_run: Any) -> None:
     assert WITH_ENGINE > 0
 
 
+def test_only_zero3_returns_as_much_as_libraries_take_while_loading(tiny_run: Any) -> None:
+    pipeline = Pipeline(tiny_run("llama"))
+    found = {name: estimate_for(pipeline, engine=name, world_size=2).phase("load") for name in ("fsdp2", "zero3")}
+    assert found["fsdp2"].libraries > found["zero3"].libraries == 0
+    assert found["zero3"].gathered > 0
+
+
 @pytest.mark.parametrize(
     ("sft", "reward", "sharing", "read"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +14,15 @@ from quartet.distributed.choose import Travel
 
 NOT_HERE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 """What DeepSpeed asks for and Quartet decides by itself."""
+
+LATER = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.parameter_offload",
+    "deepspeed.runtime.zero.stage3",
+)
+"""What DeepSpeed imports while it makes an engine, with what these import."""
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -22,6 +33,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     from deepspeed import ops
 
+    for name in LATER:
+        with suppress(ImportError):  # another version may do without it
+            import_module(name)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # Else the first use of a process group compiles an operator: forty seconds, and g++ is needed.

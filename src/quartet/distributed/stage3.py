@@ -2,8 +2,11 @@
 
 Its optimizer copies every trained weight for masters, which mixed precision needs and trained weights in float32 do not, and
 fills gradients of all of them with zeros. Here the masters are the weights, and the gradients are made by the first backward
-pass. Its hooks take 18 KiB for each module, most of it two autograd functions of each module's own; with adapters seven modules
-in ten hold no weight that could be fetched. Here these have no hooks, and the others share two functions.
+pass. It also copies the shares of what is trained into one flat tensor; here they are cut into that tensor at once.
+
+What is left are Python objects. DeepSpeed makes some 30 KiB of them for each weight of a model with adapters: functions that do
+the same for all weights (`stage3_weights`) and all modules (`stage3_hooks`), names for messages that are not shown, and whole
+weights that come and go while functions for their gradients are put on them. Here they take 7 KiB.
 
 A DeepSpeed that does not look like the one this was written for (0.19.8) sets up in its own way.
 """
@@ -11,7 +14,7 @@ A DeepSpeed that does not look like the one this was written for (0.19.8) sets u
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import FunctionType
@@ -21,50 +24,66 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quartet.distributed import stage3_hooks, stage3_weights
+from quartet.distributed.stage3_code import names
+
 GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """DeepSpeed's place for each weight's gradient within the flat ones, by the weight's number (a private name)."""
-SETUP, STATES, HOOKS = "_setup_for_real_optimizer", "initialize_optimizer_states", "_register_deepspeed_module"
-"""What is wrapped: DeepSpeed makes masters, states and gradients in the first, which calls the second; the third puts hooks on
-a module and those inside of it."""
-FETCH, RELEASE = "pre_bwd_fn", "post_bwd_fn"
-"""Attributes of a module under which its hooks find the autograd functions, and which they leave as they are if set."""
-TIMES = "applied_pre_backward_ref_cnt"
-"""DeepSpeed's count, at a module, of the times it ran and will be fetched for again."""
-USED = {"_create_fp32_partitions", STATES, "device", "grad_partitions_flat_buffer", GRADIENTS}
-"""What the first is to use, so that wrapping it does what is meant."""
+SETUP, STATES, FLAT = "_setup_for_real_optimizer", "initialize_optimizer_states", "defragment"
+"""What is wrapped of the optimizer: it makes masters, states and gradients in the first, which calls the second; the third
+copies shares into one flat tensor."""
+REDUCE = "create_reduce_and_remove_grad_hooks"
+"""Has a function called at every trained weight when its gradient is there; for old versions of torch it holds the weight whole
+meanwhile."""
+NAMES = "debug_extract_module_and_param_names"
+"""What is left out of the engine: it keeps the name of every module and weight for messages that are not shown."""
+USED: dict[str, set[str]] = {
+    SETUP: {"_create_fp32_partitions", STATES, "device", "grad_partitions_flat_buffer", GRADIENTS},
+    STATES: set(),
+    FLAT: {"tensors", "get_mapping_to_flat_buffer", "narrow", "data"},
+    REDUCE: {"fp16_groups", "all_gather", "partition"},
+    NAMES: {"module_names", "param_names", "debug_clear_module_and_param_names"},
+}
+"""What each of them is to use, so that wrapping it does what is meant."""
 
 _log = logging.getLogger("quartet")
 
 
 @contextmanager
-def lean_stage3() -> Iterator[None]:
-    """While this is open, DeepSpeed's stage 3 is set up without the waste; in its own way where it is not as expected."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+def lean_stage3() -> Iterator[bool]:
+    """While this is open, DeepSpeed's stage 3 is set up without the waste; in its own way where it is not as expected.
 
-    optimizer, hooks = vars(DeepSpeedZeroOptimizer_Stage3), vars(DeepSpeedZeRoOffload)
+    Yields:
+        Whether it is as expected.
+    """
     with ExitStack() as stack:
-        if as_expected(optimizer, hooks):
-            stack.enter_context(_replaced(DeepSpeedZeroOptimizer_Stage3, SETUP, _setup(optimizer[SETUP])))
-            stack.enter_context(_replaced(DeepSpeedZeroOptimizer_Stage3, STATES, _states(optimizer[STATES])))
-            stack.enter_context(_replaced(DeepSpeedZeRoOffload, HOOKS, _on_weights_only(hooks[HOOKS])))
+        places = _places()
+        found = {name: vars(owner).get(name) for name, owner in places.items()}
+        known = as_expected(found)
+        if known:
+            for name, wrap in _WRAPPED.items():
+                stack.enter_context(_replaced(places[name], name, wrap(found[name])))
         else:
             _say_once()
-        yield
+        yield known
 
 
-def as_expected(optimizer: Any, hooks: Any) -> bool:
-    """Whether DeepSpeed's classes have what is wrapped here.
+def as_expected(found: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed has what is wrapped here, and it looks like what this was written for.
 
     Args:
-        optimizer, hooks: what the two classes define.
+        found: DeepSpeed's functions by name.
     """
-    found = [optimizer.get(SETUP), optimizer.get(STATES), hooks.get(HOOKS)]
-    if not all(isinstance(function, FunctionType) for function in found):
+    if not all(isinstance(found.get(name), FunctionType) for name in _WRAPPED):
         return False
-    setup, _, register = found
-    looked_for = {FETCH, RELEASE} <= set(register.__code__.co_consts)
-    return set(setup.__code__.co_names) >= USED and register.__defaults__ is not None and looked_for
+    if not all(used <= names(found[name]) for name, used in USED.items()):
+        return False
+    return stage3_hooks.as_expected(found) and stage3_weights.as_expected(found)
+
+
+def found_functions() -> dict[str, Any]:
+    """The functions of the DeepSpeed that is installed which are wrapped here, by name."""
+    return {name: vars(owner).get(name) for name, owner in _places().items()}
 
 
 def make_gradients(zero: Any) -> None:
@@ -99,88 +118,73 @@ def _states(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
     return states
 
 
-def _on_weights_only(theirs: FunctionType) -> Callable[..., None]:
-    """`theirs` calls itself for each child, and so this."""
-    numbers = (theirs.__defaults__ or ([0],))[0]  # a list with the number of the last module
+def _flat(theirs: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    def flat(tensors: list[Tensor]) -> Tensor:
+        whole = stage3_weights.joined(tensors)
+        return theirs(tensors) if whole is None else whole
 
-    def register(self: Any, module: Any, count: list[int] = numbers) -> None:
-        if module is self.module or next(module.parameters(recurse=False), None) is not None:
-            vars(module).setdefault(FETCH, Around(_Fetch, module, self))
-            vars(module).setdefault(RELEASE, Around(_Release, module, self))
-            theirs(self, module, count=count)
-            return
-        module.ds_id, module.ds_recompute_parameters = count[0], set()
-        for child in module.children():
-            count[0] += 1
-            register(self, child, count)
-
-    return register
+    return flat
 
 
-class Around:
-    """In place of an autograd function of a module's own: the shared one, told whose it is."""
+def _reduce(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
+    def reduce(self: Any) -> None:
+        weights = [vars(weight) for group in self.fp16_groups for weight in group]
+        before = [{name: weight[name] for name in ("all_gather", "partition")} for weight in weights]
+        for weight in weights:
+            weight.update(all_gather=_nothing, partition=_nothing)
+        try:
+            theirs(self)
+        finally:
+            for weight, functions in zip(weights, before, strict=True):
+                weight.update(functions)
 
-    __slots__ = ("_function", "hooks", "module")
-
-    def __init__(self, function: type[torch.autograd.Function], module: Any, hooks: Any) -> None:
-        """
-        Args:
-            hooks: DeepSpeed's object that fetches and releases weights.
-        """
-        self._function, self.module, self.hooks = function, module, hooks
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor, with the module's turn in the backward pass tied to it."""
-        result: Tensor = self._function.apply(self, tensor)
-        return result
+    return reduce
 
 
-class _Through(torch.autograd.Function):
-    """Gives on what it is given."""
-
-    @staticmethod
-    def forward(around: Around, tensor: Tensor) -> Tensor:
-        return tensor.detach()
+def _nothing() -> None:
+    pass
 
 
-class _Fetch(_Through):
-    """On what a module returns: before its backward pass its weights are fetched, once for each time that it ran."""
+def _no_names(theirs: Callable[[Any], None]) -> Callable[[Any], None]:
+    def no_names(model: Any) -> None:
+        pass
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:
-        ctx.around, _ = inputs
-        held = vars(ctx.around.module)
-        held[TIMES] = held.get(TIMES, 0) + 1
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        module = ctx.around.module
-        if getattr(module, TIMES) > 0:
-            ctx.around.hooks.pre_sub_module_backward_function(module)
-            setattr(module, TIMES, getattr(module, TIMES) - 1)
-        return None, *gradients
+    return no_names
 
 
-class _Release(_Through):
-    """On what a module is given: when the gradients of all of it are known, its weights are released."""
+_WRAPPED: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    SETUP: _setup,
+    STATES: _states,
+    FLAT: _flat,
+    REDUCE: _reduce,
+    NAMES: _no_names,
+    stage3_hooks.REGISTER: stage3_hooks.on_weights_only,
+    stage3_hooks.EXTERNAL: stage3_hooks.external_of_few,
+    stage3_hooks.INJECT: stage3_hooks.injected_into_few,
+    stage3_weights.CONVERT: stage3_weights.sharing_functions,
+}
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Around, Tensor], output: Tensor) -> None:
-        ctx.around, given = inputs
-        if given.requires_grad:
-            ctx.around.module.ds_grads_remaining += 1
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        module = ctx.around.module
-        module.ds_grads_remaining -= 1
-        if module.ds_grads_remaining == 0:
-            ctx.around.hooks.post_sub_module_backward_function(module)
-        return None, *gradients
+def _places() -> dict[str, Any]:
+    """Where DeepSpeed looks each function up."""
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
+
+    return {
+        SETUP: stage3.DeepSpeedZeroOptimizer_Stage3,
+        STATES: stage3.DeepSpeedZeroOptimizer_Stage3,
+        REDUCE: stage3.DeepSpeedZeroOptimizer_Stage3,
+        FLAT: stage3,
+        NAMES: engine,
+        stage3_hooks.REGISTER: parameter_offload.DeepSpeedZeRoOffload,
+        stage3_hooks.EXTERNAL: parameter_offload,
+        stage3_hooks.INJECT: parameter_offload,
+        stage3_weights.CONVERT: partition_parameters.Init,
+    }
 
 
 @contextmanager
-def _replaced(owner: type, name: str, function: Callable[..., None]) -> Iterator[None]:
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     before = vars(owner)[name]
     setattr(owner, name, function)
     try:

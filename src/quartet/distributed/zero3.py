@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quartet.allocator import return_gaps
 from quartet.distributed.choose import Travel
 from quartet.distributed.deepspeed_setup import configuration
 from quartet.distributed.engine import BackboneWeights, WeightKeeper
 from quartet.distributed.pieces import MOMENTS, Piece
 from quartet.distributed.stage3 import lean_stage3, make_gradients
+from quartet.distributed.stage3_weights import place_for_shares
 from quartet.distributed.zero2 import ZeroEngine, share_masters
 
 HELD = -1
@@ -51,18 +53,19 @@ class Zero3(ZeroEngine):
         """Cut policy and value and give them to DeepSpeed, then the frozen rest: DeepSpeed lays what is trained out flat, and
         fetches its weights one by one, for which there is room while the rest is not cut."""
         inside = set(trained.modules())
-        trained_ones = [(module, keeper) for module, keeper in self._kept if module in inside]
-        for module, _ in trained_ones:
-            self._cut(module, self._configuration)
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        self._cut(moved, self._configuration, moved)
+        return_gaps()  # whole adapters were there
+        self._cut(trained.parameters(), self._configuration)
         self._engine = self._initialized(self._configuration, model=trained, optimizer=optimizer)
         zero = self._engine.optimizer
         share_masters(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat)
-        for _, keeper in trained_ones:
-            keeper.hooks = zero.parameter_offload
         for module, keeper in self._kept:
-            if module not in inside:
+            if module in inside:
+                keeper.hooks = zero.parameter_offload
+            else:
                 place = self._at_home() if keeper.on_host else self._configuration
-                self._cut(module, place)
+                self._cut(module.parameters(), place)
                 keeper.hooks = self._initialized(place, model=module).optimizer
         result: nn.Module = self._engine
         return result
@@ -113,14 +116,23 @@ class Zero3(ZeroEngine):
         home = {"device": "cpu", "pin_memory": self._device.type == "cuda"}
         return {**self._configuration, "zero_optimization": {**zero, "offload_param": home}}
 
-    def _cut(self, module: nn.Module, configuration: dict[str, Any]) -> None:
-        """Cut the weights one by one; where they lie in mapped files only one at a time is copied whole."""
-        self._deepspeed.zero.Init(
-            module=Copies(module),
-            config_dict_or_path=configuration,
-            mem_efficient_linear=False,
-            dtype=torch.float32,
-        )
+    def _cut(
+        self, weights: Iterable[nn.Parameter], configuration: dict[str, Any], moved: Sequence[Tensor] = ()
+    ) -> None:
+        """Cut weights one by one, the largest first: one at a time is whole beside the shares of those before it.
+
+        Args:
+            moved: those that the optimizer moves, in its order.
+        """
+        left = sorted((w for w in weights if not hasattr(w, "ds_id")), key=lambda w: -w.numel())
+        with lean_stage3() as known:
+            places = place_for_shares(moved, self.world_size, self._device) if known and moved else {}
+            self._deepspeed.zero.Init(
+                module=Copies(left, places),
+                config_dict_or_path=configuration,
+                mem_efficient_linear=False,
+                dtype=torch.float32,
+            )
 
     def _initialized(self, configuration: dict[str, Any], **options: Any) -> Any:
         with lean_stage3():
@@ -129,19 +141,25 @@ class Zero3(ZeroEngine):
 
 
 class Copies(nn.Module):
-    """Gives the weights of a module one by one, each as a copy made just then: DeepSpeed writes the main process's numbers
-    into them, and pages of a mapped file that were written to stay in memory as long as the file is mapped."""
+    """Gives weights one by one, each as a copy made just then: DeepSpeed writes the main process's numbers into them, and pages
+    of a mapped file that were written to stay in memory as long as the file is mapped."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, weights: list[nn.Parameter], places: Mapping[Tensor, Tensor]) -> None:
+        """
+        Args:
+            places: where a weight's share goes when it has been cut, if not where DeepSpeed puts it.
+        """
         super().__init__()
-        object.__setattr__(self, "_module", module)  # no submodule
+        self._weights, self._places = weights, places  # a list, of which no module takes note
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The weights."""
-        module: nn.Module = object.__getattribute__(self, "_module")
-        for parameter in module.parameters(recurse):
+        for parameter in self._weights:
             parameter.data = parameter.data.clone()
             yield parameter
+            if parameter in self._places:
+                share = vars(parameter)["ds_tensor"]
+                share.data = self._places[parameter].copy_(share)
 
 
 class Zero3Weights:

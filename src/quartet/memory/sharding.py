@@ -16,9 +16,9 @@ from quartet.models.plan import BackboneSpec, SharingPlan
 
 FLOAT = 4
 """Bytes of a float32: trained weights and all gradients."""
-HOOKS = 6 * 2**10
-"""Bytes of host memory for each weight of ZeRO-3: DeepSpeed's hooks on the module that holds it (the anonymous memory that
-putting them on takes, over their number)."""
+HOOKS = 4 * 2**10
+"""Bytes of host memory for each weight of ZeRO-3: the hooks on the module that holds it, and what DeepSpeed keeps of a weight
+(what making its engine takes, over their number)."""
 
 
 def shards(choices: Choices) -> int:
@@ -179,7 +179,8 @@ def loading_bytes(choices: Choices, trained: float, rest: float, tensors: int, *
     """Bytes at the peak of loading beside the weights.
 
     Stage 2 copies its share of what is trained and makes gradients for it. Stage 3 makes gradients for one group of it and
-    lets go of them before the frozen backbones come; its hooks stay.
+    lets go of them before the frozen backbones come; its hooks stay. What else lies in memory then fits into what it gave back
+    when adapters were cut: gaps that were there before loading are among it.
 
     Args:
         trained, rest: bytes of a process's share of what is trained, and of what comes after it.

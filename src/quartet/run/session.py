@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from quartet.allocator import return_freed_memory, return_gaps
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, QuartetError, RewardError, TrainingError
 from quartet.ops.kl import adapt_kl_coef
 from quartet.records import Advantaged, Prompts, Rollout, Scored, UpdateStats
 from quartet.run.advice import Adviser
-from quartet.run.allocator import return_freed_memory, return_gaps
 from quartet.run.checkpoint import RunState
 from quartet.run.checkpoint_folder import choose_checkpoint, step_of
 from quartet.run.edited import refuse_edited, refuse_fewer_iterations, started_with

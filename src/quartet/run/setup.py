@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quartet.allocator import return_gaps
 from quartet.config import Config, DataConfig
 from quartet.distributed import BackboneWeights, ProcessEngine, SingleProcess, gathers_for_rollout
 from quartet.errors import CheckpointError, ConfigError, shown
@@ -31,7 +32,6 @@ from quartet.rewards.sources import RewardSource, build_sources, combine
 from quartet.rollout.choose import make_engine, make_vllm_engine
 from quartet.rollout.engine import RolloutEngine, SamplingSettings
 from quartet.rollout.sharded import ShardedRollout
-from quartet.run.allocator import return_gaps
 from quartet.run.data import PromptSet, hold_out, load_prompts
 from quartet.run.metrics import require_trackers
 from quartet.run.prompt_files import settings_read

@@ -8,12 +8,12 @@ from typing import Literal
 
 import pytest
 
-from quartet.run import allocator
-from quartet.run.allocator import LARGE, RETURNED_FROM, return_freed_memory
+from quartet import allocator
+from quartet.allocator import LARGE, RETURNED_FROM, return_freed_memory
 
 SCRIPT = """
 import sys
-from quartet.run.allocator import return_freed_memory, return_gaps
+from quartet.allocator import return_freed_memory, return_gaps
 from quartet.run.memory_probe import anonymous_bytes
 import torch
 set_to = return_freed_memory(sys.argv[1] == "return", tight=False, fleeting=False)
