@@ -23,7 +23,7 @@ PRECISION = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 SHAPES = [(1, 1), (3, 7), (5, 64), (70, 300)]
 """The last is shared among threads."""
 
-needs_kernels = pytest.mark.skipif(library.kernel("rms_norm") is None, reason="no compiler at installation")
+needs_kernels = pytest.mark.skipif(library.kernel("rms_norm_f32") is None, reason="no compiler at installation")
 
 
 @contextmanager
@@ -55,7 +55,10 @@ def test_they_are_there_where_a_compiler_is() -> None:
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("no compiler here")
     assert library.FILE.exists(), "install again: pip install -e ."
-    assert all(library.kernel(name) is not None for name in ("rms_norm", "rotary_f32", "silu_gradient_bf16"))
+    assert all(
+        library.kernel(name) is not None
+        for name in ("rms_norm_f32", "rotary_f32_f32", "rotary_bf16_bf16", "silu_gradient_bf16")
+    )
 
 
 @needs_kernels
@@ -147,9 +150,11 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
 @needs_kernels
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 7), (70, 300)])
-def test_rms_norm(shape: tuple[int, ...], count: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], count: int) -> None:
     torch.manual_seed(0)
-    states, weight, by = drawn(*shape, scale=3.0), drawn(shape[-1]), drawn(*shape)
+    states, weight = drawn(*shape, dtype=dtype, scale=3.0), drawn(shape[-1], dtype=dtype)
+    by = drawn(*shape, dtype=dtype)
     x, w = states.double().requires_grad_(), weight.double().requires_grad_()
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * w
     expected.backward(by.double())
@@ -166,20 +171,21 @@ def test_rms_norm(shape: tuple[int, ...], count: int) -> None:
     assert only_states[1] is None
     assert torch.equal(only_states[0], gradients[0])
     close(found[0], expected.detach(), times=8)
-    torch.testing.assert_close(gradients[0].double(), x.grad, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(gradients[1].double(), w.grad, rtol=1e-5, atol=2e-5)
+    narrow = dtype == torch.bfloat16
+    torch.testing.assert_close(gradients[0].double(), x.grad, rtol=PRECISION[dtype] if narrow else 1e-5, atol=2e-6)
+    torch.testing.assert_close(gradients[1].double(), w.grad, rtol=PRECISION[dtype] if narrow else 1e-5, atol=2e-5)
 
 
 @needs_kernels
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary(dtype: torch.dtype, back: bool, rows: int, count: int) -> None:
+@pytest.mark.parametrize(("dtype", "angles"), [(DTYPES[0], DTYPES[0]), (DTYPES[1], DTYPES[0]), (DTYPES[1], DTYPES[1])])
+def test_rotary(dtype: torch.dtype, angles: torch.dtype, back: bool, rows: int, count: int) -> None:
     """Of heads beside each other in a token, as linear layers give them, and of heads one after the other."""
     torch.manual_seed(0)
     beside = drawn(3, 90, 4, 18, dtype=dtype).transpose(1, 2)
-    cos, sin = drawn(rows, 90, 18), drawn(rows, 90, 18)
+    cos, sin = drawn(rows, 90, 18, dtype=angles), drawn(rows, 90, 18, dtype=angles)
     x, c, s = beside.double(), cos.double().unsqueeze(1), sin.double().unsqueeze(1)
     x.requires_grad_()
     turned = x * c + torch.cat((-x[..., 9:], x[..., :9]), -1) * s
@@ -215,11 +221,19 @@ def test_what_does_not_fit_is_left_to_torch() -> None:
     assert not kernels.silu_product(x.t(), x.t(), x.t())
     assert not kernels.silu_gradient(x, x, x, x, x, x.bfloat16())
     assert kernels.rms_norm(x.bfloat16(), x[0], 1e-6) is None
+    assert kernels.rms_norm(x, x[0].bfloat16(), 1e-6) is None
+    assert kernels.rms_norm(double, double[0], 1e-6) is None
     assert kernels.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6) is None
     assert kernels.rms_norm_gradient(x, x, x[0].double(), x[:, :1], of_weight=True) is None
+    assert kernels.rms_norm_gradient(x.bfloat16(), x, x[0], x[:, :1], of_weight=True) is None
     states, angles = x.view(1, 2, 2, 6), torch.ones(1, 2, 6)
     assert kernels.rotary_fits(states, angles, angles)
-    for cos, sin in ((angles.double(), angles.double()), (angles[..., :4], angles[..., :4]), (angles, angles[:, :1])):
+    for cos, sin in (
+        (angles.double(), angles.double()),
+        (angles.bfloat16(), angles.bfloat16()),
+        (angles[..., :4], angles[..., :4]),
+        (angles, angles[:, :1]),
+    ):
         assert not kernels.rotary_fits(states, cos, sin)
         with pytest.raises(ValueError, match="no kernel turns"):
             kernels.rotary(states, cos, sin, back=False)

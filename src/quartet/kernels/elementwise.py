@@ -58,15 +58,15 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     """`x r w` with `r = 1 / sqrt(mean(x^2) + eps)` of each row, and r.
 
     Args:
-        states: x, `[..., features]`; contiguous and in float32, like the weight.
+        states: x, `[..., features]`; contiguous and in one dtype, like the weight.
 
     Returns:
-        Shapes `[..., features]` and `[..., 1]`; None where there is no kernel for these tensors.
+        Shapes `[..., features]` and `[..., 1]`, the second in float32; None where there is no kernel for these tensors.
     """
-    function = _for_float32((states, weight), "rms_norm")
+    function = _for_whole((states, weight), "rms_norm")
     if function is None:
         return None
-    out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1)
+    out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1, dtype=torch.float32)
     tensors = (states, weight, out, scales)
     if not _stands_for_another(*tensors):
         pointers, columns = [t.data_ptr() for t in tensors], len(weight)
@@ -80,27 +80,27 @@ def rms_norm_gradient(
     """Gradients of what `rms_norm` was given.
 
     Args:
-        gradient, states: `[..., features]`, contiguous and in float32, like the weight.
+        gradient, states: `[..., features]`, contiguous and in one dtype, like the weight.
         scales: the second that `rms_norm` gave.
         of_weight: whether the weight's is asked for; each of torch's threads sums up its rows' part.
 
     Returns:
         The gradient of the states and that of the weight; None where there is no kernel for these tensors.
     """
-    function = _for_float32((gradient, states, weight, scales), "rms_norm_gradient")
+    function = _for_whole((gradient, states, weight), "rms_norm_gradient")
     if function is None:
         return None
     by_states, threads = torch.empty_like(states), torch.get_num_threads()
-    parts = weight.new_zeros(threads, len(weight)) if of_weight else None
+    parts = weight.new_zeros(threads, len(weight), dtype=torch.float32) if of_weight else None
     if not _stands_for_another(gradient, states):
         pointers = [t.data_ptr() for t in (gradient, states, weight, scales, by_states)]
         function(*pointers, 0 if parts is None else parts.data_ptr(), scales.numel(), len(weight), threads)
-    return by_states, None if parts is None else parts.sum(0)
+    return by_states, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
 def rotary_fits(states: Tensor, cosines: Tensor, sines: Tensor) -> bool:
     """Whether `rotary` has a kernel for these tensors."""
-    if states.dtype not in DTYPES or states.ndim != 4 or cosines.ndim != 3 or not fit(states, cosines, sines):
+    if states.ndim != 4 or cosines.ndim != 3 or not fit(states, cosines, sines):
         return False
     n, _, tokens, width = states.shape
     return (
@@ -109,9 +109,9 @@ def rotary_fits(states: Tensor, cosines: Tensor, sines: Tensor) -> bool:
         and cosines.shape[1:] == (tokens, width)
         and cosines.shape == sines.shape
         and cosines.stride() == sines.stride()
-        and cosines.dtype == sines.dtype == torch.float32
+        and cosines.dtype == sines.dtype
         and states.stride(3) == cosines.stride(2) == 1
-        and kernel(f"rotary_{DTYPES[states.dtype]}") is not None
+        and _turning(states, cosines) is not None
     )
 
 
@@ -120,7 +120,7 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
 
     Args:
         states: x, `[n, heads, tokens, width]`, in any order in memory but for the width.
-        cosines, sines: `[n or 1, tokens, width]`, float32, of one layout.
+        cosines, sines: `[n or 1, tokens, width]`, in float32 or the dtype of `states`, of one layout.
         back: turn back: the gradient's way.
 
     Returns:
@@ -129,7 +129,7 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
     Raises:
         ValueError: there is no kernel for these tensors.
     """
-    function = kernel(f"rotary_{DTYPES[states.dtype]}") if rotary_fits(states, cosines, sines) else None
+    function = _turning(states, cosines) if rotary_fits(states, cosines, sines) else None
     if function is None:
         raise ValueError(f"no kernel turns {tuple(states.shape)} in {states.dtype} by {tuple(cosines.shape)} angles")
     out = torch.empty_like(states)
@@ -150,9 +150,16 @@ def _for_rows(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | N
     return kernel(f"{name}_{DTYPES[first.dtype]}") if first.ndim == 2 and alike else None
 
 
-def _for_float32(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
-    plain = fit(*tensors) and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    return kernel(name) if plain else None
+def _for_whole(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
+    dtype = tensors[0].dtype
+    alike = dtype in DTYPES and fit(*tensors) and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return kernel(f"{name}_{DTYPES[dtype]}") if alike else None
+
+
+def _turning(states: Tensor, angles: Tensor) -> Callable[..., None] | None:
+    dtypes = (states.dtype, angles.dtype)
+    known = all(dtype in DTYPES for dtype in dtypes) and dtypes != (torch.float32, torch.bfloat16)
+    return kernel("rotary_" + "_".join(DTYPES[dtype] for dtype in dtypes)) if known else None
 
 
 def _stands_for_another(*tensors: Tensor) -> bool:

@@ -71,56 +71,27 @@ INLINE float sigmoid(float x) {
 #define STORE store_f32
 #define NAMED(kernel) kernel##_f32
 #include "typed.h"
+#define ANGLE float
+#define LOAD_ANGLE load_f32
+#define TURNED(kernel) kernel##_f32_f32
+#include "rotary.h"
 #undef NUMBER
 #undef LOAD
 #undef STORE
 #undef NAMED
+#undef TURNED
+
 #define NUMBER bf16
 #define LOAD load_bf16
 #define STORE store_bf16
 #define NAMED(kernel) kernel##_bf16
 #include "typed.h"
-
-/* y = x r w with r = 1 / sqrt(mean(x^2) + eps), r kept for each row. */
-CLONES static void rms_norm_rows(const float *restrict states, const float *restrict weight, float *restrict out,
-                                 float *restrict scales, long from, long to, long columns, float eps) {
-    for (long i = from; i < to; i++) {
-        const float *x = states + i * columns;
-        float *y = out + i * columns, sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (long j = 0; j < columns; j++) sum += x[j] * x[j];
-        float scale = 1.0f / sqrtf(sum / (float)columns + eps);
-        scales[i] = scale;
-        for (long j = 0; j < columns; j++) y[j] = x[j] * scale * weight[j];
-    }
-}
-
-void rms_norm(const float *states, const float *weight, float *out, float *scales, long rows, long columns, float eps,
-              long threads) {
-    if (rows * columns < LEAST) threads = 1;
-    RANGE(rows, threads, rms_norm_rows(states, weight, out, scales, from, to, columns, eps));
-}
-
-/* by_states = r (g w - n mean(g w n)) with n = x r; by_weight, `[threads, columns]` of zeros or null, the sum of g n. */
-CLONES static void rms_norm_gradient_rows(const float *restrict gradient, const float *restrict states,
-                                          const float *restrict weight, const float *restrict scales,
-                                          float *restrict by_states, float *restrict by_weight, long from, long to,
-                                          long columns) {
-    for (long i = from; i < to; i++) {
-        const float *g = gradient + i * columns, *x = states + i * columns;
-        float *d = by_states + i * columns, scale = scales[i], sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (long j = 0; j < columns; j++) sum += g[j] * weight[j] * x[j];
-        float along = sum * scale * scale / (float)columns;
-        for (long j = 0; j < columns; j++) d[j] = (g[j] * weight[j] - x[j] * along) * scale;
-        if (by_weight)
-            for (long j = 0; j < columns; j++) by_weight[j] += g[j] * x[j] * scale;
-    }
-}
-
-void rms_norm_gradient(const float *gradient, const float *states, const float *weight, const float *scales,
-                       float *by_states, float *by_weight, long rows, long columns, long threads) {
-    RANGE(rows, threads,
-          rms_norm_gradient_rows(gradient, states, weight, scales, by_states,
-                                 by_weight ? by_weight + thread * columns : by_weight, from, to, columns));
-}
+#define TURNED(kernel) kernel##_bf16_f32
+#include "rotary.h"
+#undef ANGLE
+#undef LOAD_ANGLE
+#undef TURNED
+#define ANGLE bf16
+#define LOAD_ANGLE load_bf16
+#define TURNED(kernel) kernel##_bf16_bf16
+#include "rotary.h"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,13 +28,14 @@ _log = logging.getLogger("quartet")
 
 @cache
 def kernel(name: str) -> Callable[..., None] | None:
-    """A kernel by its name, without or with a dtype's; None where there are none."""
+    """A kernel by its name, at the end of which stand its dtypes'; None where there are none."""
     library = _library()
     if library is None:
         return None
     function: Any = getattr(library, name)
-    kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[name.removesuffix("_f32").removesuffix("_bf16")]
-    if name == "rms_norm":
+    bare = re.sub("(_b?f[0-9]+)+$", "", name)
+    kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[bare]
+    if bare == "rms_norm":
         kinds[EPSILON] = ctypes.c_float
     function.argtypes, function.restype = kinds, None
     found: Callable[..., None] = function

@@ -69,36 +69,52 @@ void NAMED(silu_gradient)(const NUMBER *by_product, const NUMBER *gate, const NU
                                     up_row, by_gate_row, by_up_row, product_row));
 }
 
-CLONES static void NAMED(rotary_tokens)(const NUMBER *states, const float *cosines, const float *sines, NUMBER *out,
-                                        long from, long to, long tokens, long heads, long width, long row, long token,
-                                        long head, long out_row, long out_token, long out_head, long angle_row,
-                                        long angle_token, long back) {
-    const long half = width / 2;
-    const float sign = back ? -1.0f : 1.0f;
+CLONES static void NAMED(rms_norm_rows)(const NUMBER *states, const NUMBER *weight, NUMBER *out, float *scales, long from,
+                                        long to, long columns, float eps) {
     for (long i = from; i < to; i++) {
-        const long n = i / tokens, t = i % tokens, angle = n * angle_row + t * angle_token;
-        const float *c = cosines + angle, *s = sines + angle;
-        const float *first = back ? s + half : s, *second = back ? s : s + half;
-        for (long h = 0; h < heads; h++) {
-            const NUMBER *x = states + n * row + t * token + h * head;
-            NUMBER *y = out + n * out_row + t * out_token + h * out_head;
+        const NUMBER *x = states + i * columns;
+        NUMBER *y = out + i * columns;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (long j = 0; j < columns; j++) sum += LOAD(x + j) * LOAD(x + j);
+        float scale = 1.0f / sqrtf(sum / (float)columns + eps);
+        scales[i] = scale;
 #pragma omp simd
-            for (long j = 0; j < half; j++) {
-                float a = LOAD(x + j), b = LOAD(x + half + j);
-                STORE(y + j, a * c[j] - sign * b * first[j]);
-                STORE(y + half + j, b * c[half + j] + sign * a * second[j]);
-            }
+        for (long j = 0; j < columns; j++) STORE(y + j, LOAD(x + j) * scale * LOAD(weight + j));
+    }
+}
+
+/* x r w, with r = 1 / sqrt(mean(x^2) + eps) of each row, which is kept. */
+void NAMED(rms_norm)(const NUMBER *states, const NUMBER *weight, NUMBER *out, float *scales, long rows, long columns,
+                     float eps, long threads) {
+    if (rows * columns < LEAST) threads = 1;
+    RANGE(rows, threads, NAMED(rms_norm_rows)(states, weight, out, scales, from, to, columns, eps));
+}
+
+CLONES static void NAMED(rms_norm_gradient_rows)(const NUMBER *gradient, const NUMBER *states, const NUMBER *weight,
+                                                 const float *scales, NUMBER *by_states, float *by_weight, long from,
+                                                 long to, long columns) {
+    for (long i = from; i < to; i++) {
+        const NUMBER *g = gradient + i * columns, *x = states + i * columns;
+        NUMBER *d = by_states + i * columns;
+        float scale = scales[i], sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (long j = 0; j < columns; j++) sum += LOAD(g + j) * LOAD(weight + j) * LOAD(x + j);
+        float along = sum * scale * scale / (float)columns;
+#pragma omp simd
+        for (long j = 0; j < columns; j++)
+            STORE(d + j, (LOAD(g + j) * LOAD(weight + j) - LOAD(x + j) * along) * scale);
+        if (by_weight) {
+#pragma omp simd
+            for (long j = 0; j < columns; j++) by_weight[j] += LOAD(g + j) * LOAD(x + j) * scale;
         }
     }
 }
 
-/* Rotary embedding of `[rows, tokens, heads, width]` given by strides: each half turned into the other by the angles of its
- * token, or back where `back` is not 0. Angles: `[rows or 1, tokens, width]`, whose stride over rows may be 0. */
-void NAMED(rotary)(const NUMBER *states, const float *cosines, const float *sines, NUMBER *out, long rows, long tokens,
-                   long heads, long width, long row, long token, long head, long out_row, long out_token, long out_head,
-                   long angle_row, long angle_token, long back, long threads) {
-    if (rows * tokens * heads * width < LEAST) threads = 1;
-    RANGE(rows *tokens, threads,
-          NAMED(rotary_tokens)(states, cosines, sines, out, from, to, tokens, heads, width, row, token, head, out_row,
-                               out_token, out_head, angle_row, angle_token, back));
+/* by_states = r (g w - n mean(g w n)) with n = x r; by_weight, `[threads, columns]` of zeros or null, the sum of g n. */
+void NAMED(rms_norm_gradient)(const NUMBER *gradient, const NUMBER *states, const NUMBER *weight, const float *scales,
+                              NUMBER *by_states, float *by_weight, long rows, long columns, long threads) {
+    RANGE(rows, threads,
+          NAMED(rms_norm_gradient_rows)(gradient, states, weight, scales, by_states,
+                                        by_weight ? by_weight + thread * columns : by_weight, from, to, columns));
 }
