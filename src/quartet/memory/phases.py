@@ -12,7 +12,7 @@ from quartet.memory.choices import Choices, Workload
 from quartet.memory.decoding import decoding
 from quartet.memory.skeleton import PlannedSequences, tensors_of
 from quartet.memory.trace import GRADIENTS, SETUP, MemoryTrace
-from quartet.models.attention import as_in_training
+from quartet.models.as_in_training import as_in_training
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER

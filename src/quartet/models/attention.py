@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.layout import packed_now
 from quartet.models.precision import on_cpu
 
@@ -81,25 +82,6 @@ class _Told:
                 cls.before = None
 
 
-class _Asked(threading.local):
-    """Of each thread, because two may run two models at once."""
-
-    as_in_training = False
-
-
-_asked = _Asked()
-
-
-@contextmanager
-def as_in_training() -> Iterator[None]:
-    """Compute without gradients what is compared with a pass that has some: to the same rounding, by the same attention."""
-    before, _asked.as_in_training = _asked.as_in_training, True
-    try:
-        yield
-    finally:
-        _asked.as_in_training = before
-
-
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -141,7 +123,7 @@ def short_attention(
     plain = (
         on_cpu(query)
         and _computed_in(query) == torch.bfloat16
-        and (torch.is_grad_enabled() or _asked.as_in_training)
+        and computes_as_in_training()
         and attention_mask is None
         and causal
         and not dropout

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet import kernels
+from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.gated import multiplied
 from quartet.models.gated_mlp import gated_mlp
 from quartet.models.layout import packed_now
@@ -67,7 +68,7 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
         packed = packed_now() if self.is_last else None
         if packed is not None:
             x = packed.read.shorten(x.squeeze(0)).unsqueeze(0)
-        if torch.is_grad_enabled():
+        if computes_as_in_training():
             result = gated_mlp(x, self.gate_proj, self.up_proj, self.act_fn, self.down_proj)
         else:  # the library's arithmetic, with one tensor less
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -80,7 +81,7 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not computes_as_in_training():
             plain: Tensor = kind.forward(self, hidden_states)
             return plain
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)

@@ -17,7 +17,7 @@ from quartet.models.lending import LENDER
 from quartet.models.linears import Weights, add_low_rank, computed_in, has_onednn, low_rank_gradients, upright
 from quartet.models.precision import on_cpu
 
-BLOCK = 512
+BLOCK = 1024
 """Intermediate features at once over frozen weights in float32: a block of a microbatch's tokens stays in the caches until
 all is done with it."""
 TENSORS = 4

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet import kernels
+from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.precision import on_cpu
 
 NAME, HALVES = "apply_rotary_pos_emb", "rotate_half"
@@ -48,7 +49,7 @@ def _says(function: Any, lines: tuple[str, ...]) -> bool:
 
 def _turn_in_place_of(library: Turn) -> Turn:
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        fits = not args and not kwargs and torch.is_grad_enabled() and on_cpu(q)
+        fits = not args and not kwargs and computes_as_in_training() and on_cpu(q)
         if not fits or not all(kernels.rotary_fits(states, cos, sin) for states in (q, k)):
             return library(q, k, cos, sin, *args, **kwargs)
         apply: Turn = _Turned.apply

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quartet.models.attention import as_in_training
+from quartet.models.as_in_training import as_in_training
 from quartet.models.roles import Roles
 from quartet.records import Rollout
 from quartet.stages.batching import SequenceTable, microbatches

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quartet.errors import TrainingError
-from quartet.models.attention import as_in_training
+from quartet.models.as_in_training import as_in_training
 from quartet.models.roles import Roles
 from quartet.ops.rewards import ScorePlacement, value_mask
 from quartet.records import Rollout, Scored, Sequences
