@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src") / "quartet" / "kernels"
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-fopenmp"]
+NO_CLONES = "-DCLONES="
+"""For compilers that cannot compile a function for several generations of processors at once: GCC before 12."""
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -20,32 +25,56 @@ class CustomBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files of the wheel are gathered."""
+        if self.target_name != "wheel":
+            return
         folder = Path(self.root) / FOLDER
         library = folder / "kernels.so"
         library.unlink(missing_ok=True)
-        if self.target_name != "wheel" or not self._compiled(folder / "kernels.c", library):
+        said = _compiled(folder, library)
+        if said is not None:
+            self.app.display_warning(f"training on a CPU goes without compiled kernels: {said}")
             return
         build_data["artifacts"].append(str(FOLDER / "kernels.so"))
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
-    def _compiled(self, source: Path, library: Path) -> bool:
-        compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            self.app.display_warning("no C compiler found: training on a CPU goes without compiled kernels")
-            return False
+
+def _compiled(folder: Path, library: Path) -> str | None:
+    """Compile; the reason if it does not work."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
+    if not compiler[0]:
+        return "no C compiler found"
+    said = ""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made, built = Path(place) / "kernels.o", Path(place) / "kernels.so"
+        compile_one = [
+            *compiler,
+            *FLAGS,
+            f'-DBUILT_FROM="{_source_hash(folder)}"',
+            "-c",
+            folder / "kernels.c",
+            "-o",
+            made,
+        ]
         # Linked without OpenMP: the names are found in the one that torch has loaded, whose threads the kernels share.
-        made, built = library.with_suffix(".o"), library.with_suffix(".tmp")
-        steps = [[compiler, *FLAGS, "-c", source, "-o", made], [compiler, "-shared", made, "-o", built, "-lm"]]
-        try:
-            for step in steps:
-                subprocess.run([str(part) for part in step], check=True, capture_output=True, text=True)
+        link = [*compiler, "-shared", made, "-o", built, "-lm"]
+        for flags in ([], [NO_CLONES]):
+            try:
+                for step in ([*compile_one, *flags], link):
+                    subprocess.run([str(part) for part in step], check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+                continue
+            if b"__kmpc" in built.read_bytes():
+                return f"{compiler[0]} calls another OpenMP than torch's"
             built.replace(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-            self.app.display_warning(f"the kernels were not compiled, training on a CPU goes without them: {said}")
-            return False
-        finally:
-            made.unlink(missing_ok=True)
-            built.unlink(missing_ok=True)
-        return True
+            return None
+    return f"they do not compile: {said}"
+
+
+def _source_hash(folder: Path) -> str:
+    """As the library is asked for when it is loaded (kernels/library.py)."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.[ch]")):
+        found.update(file.read_bytes())
+    return found.hexdigest()

@@ -34,7 +34,7 @@ def import_deepspeed(device: torch.device) -> Any:
     from deepspeed import ops
 
     for name in LATER:
-        with suppress(ImportError):  # another version may do without it
+        with suppress(Exception):  # another version may do without it, or not get as far
             import_module(name)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":

@@ -8,7 +8,7 @@ What is left are Python objects. DeepSpeed makes some 30 KiB of them for each we
 the same for all weights (`stage3_weights`) and all modules (`stage3_hooks`), names for messages that are not shown, and whole
 weights that come and go while functions for their gradients are put on them. Here they take 7 KiB.
 
-A DeepSpeed that does not look like the one this was written for (0.19.8) sets up in its own way.
+Another DeepSpeed than the one this was written for, and one whose functions look otherwise, sets up in its own way.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ USED: dict[str, set[str]] = {
 }
 """What each of them is to use, so that wrapping it does what is meant."""
 
+WRITTEN_FOR = ("0.19.8",)
+"""Versions of DeepSpeed whose functions were read: what is put in place of some of them does what theirs do."""
+
 _log = logging.getLogger("quartet")
 
 
@@ -59,7 +62,7 @@ def lean_stage3() -> Iterator[bool]:
     with ExitStack() as stack:
         places = _places()
         found = {name: vars(owner).get(name) for name, owner in places.items()}
-        known = as_expected(found)
+        known = _version() in WRITTEN_FOR and as_expected(found)
         if known:
             for name, wrap in _WRAPPED.items():
                 stack.enter_context(_replaced(places[name], name, wrap(found[name])))
@@ -166,20 +169,25 @@ _WRAPPED: dict[str, Callable[[Any], Callable[..., Any]]] = {
 
 
 def _places() -> dict[str, Any]:
-    """Where DeepSpeed looks each function up."""
-    from deepspeed.runtime import engine
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
+    """Where DeepSpeed looks each function up; nothing where it has no such places."""
+    try:
+        from deepspeed.runtime import engine
+        from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
 
+        offload, optimizer = parameter_offload.DeepSpeedZeRoOffload, stage3.DeepSpeedZeroOptimizer_Stage3
+        init = partition_parameters.Init
+    except (ImportError, AttributeError):
+        return {}
     return {
-        SETUP: stage3.DeepSpeedZeroOptimizer_Stage3,
-        STATES: stage3.DeepSpeedZeroOptimizer_Stage3,
-        REDUCE: stage3.DeepSpeedZeroOptimizer_Stage3,
+        SETUP: optimizer,
+        STATES: optimizer,
+        REDUCE: optimizer,
         FLAT: stage3,
         NAMES: engine,
-        stage3_hooks.REGISTER: parameter_offload.DeepSpeedZeRoOffload,
+        stage3_hooks.REGISTER: offload,
         stage3_hooks.EXTERNAL: parameter_offload,
         stage3_hooks.INJECT: parameter_offload,
-        stage3_weights.CONVERT: partition_parameters.Init,
+        stage3_weights.CONVERT: init,
     }
 
 
@@ -193,13 +201,17 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         setattr(owner, name, before)
 
 
-@cache
-def _say_once() -> None:
+def _version() -> str:
     from deepspeed import __version__
 
+    return str(__version__).partition("+")[0]
+
+
+@cache
+def _say_once() -> None:
     if dist.get_rank() == 0:
         _log.warning(
             "DeepSpeed %s sets up ZeRO stage 3 in a way that is not known here (that of 0.19.8 is): loading takes up to three "
             "times the memory of what is trained, and more for each module",
-            __version__,
+            _version(),
         )

@@ -58,6 +58,8 @@ def sharing_functions(theirs: Callable[[Any, Any], None]) -> Callable[[Any, Any]
     def convert(self: Any, weight: Any) -> None:
         theirs(self, weight)
         held, number = vars(weight), id(self)
+        if number not in common and not all(_knows(held[name]) for name in OWN):
+            return  # wrapped in something else: each keeps its own
         if number not in common:
             common[number] = {name: held[name] for name in COMMON}
             methods[number] = {name: _of_any(held[name]) for name in OWN}
@@ -67,6 +69,10 @@ def sharing_functions(theirs: Callable[[Any, Any], None]) -> Callable[[Any, Any]
         weight.__dict__ = dict(held)  # which has room for as many again, not for four times as many
 
     return convert
+
+
+def _knows(function: Any) -> bool:
+    return isinstance(function, FunctionType) and WEIGHT in function.__code__.co_freevars
 
 
 def _of_any(function: FunctionType) -> Callable[..., Any]:

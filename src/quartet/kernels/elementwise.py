@@ -1,6 +1,7 @@
 """The kernels on tensors: shapes and dtypes looked at, memory handed over.
 
-A tensor that only stands for one in a plan of memory is left as it is: what a kernel needs is given to it.
+A tensor that only stands for one in a plan of memory is left as it is: what a kernel needs is given to it. What a kernel writes
+over counts as changed, so that autograd notices where it was saved for a pass that comes again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import DTYPES, fit, kernel
 
@@ -27,6 +29,7 @@ def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
     if not _stands_for_another(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+    increment_version(out)
     return True
 
 
@@ -51,6 +54,7 @@ def silu_gradient(
         if product is None:
             pointers, strides = [*pointers, 0], [*strides, 0]
         function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+    increment_version(tensors[3:])
     return True
 
 
@@ -63,7 +67,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     Returns:
         Shapes `[..., features]` and `[..., 1]`, the second in float32; None where there is no kernel for these tensors.
     """
-    function = _for_whole((states, weight), "rms_norm")
+    function = _for_whole((states, weight), "rms_norm") if _norms(states, weight) else None
     if function is None:
         return None
     out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1, dtype=torch.float32)
@@ -87,7 +91,9 @@ def rms_norm_gradient(
     Returns:
         The gradient of the states and that of the weight; None where there is no kernel for these tensors.
     """
-    function = _for_whole((gradient, states, weight), "rms_norm_gradient")
+    fits = _norms(states, weight) and gradient.shape == states.shape and scales.shape == (*states.shape[:-1], 1)
+    whole = fit(scales) and scales.dtype == torch.float32 and scales.is_contiguous()
+    function = _for_whole((gradient, states, weight), "rms_norm_gradient") if fits and whole else None
     if function is None:
         return None
     by_states, threads = torch.empty_like(states), torch.get_num_threads()
@@ -144,10 +150,14 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
 
 def _for_rows(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
     first = tensors[0]
-    if first.dtype not in DTYPES or not fit(*tensors):
+    if first.dtype not in DTYPES or first.ndim != 2 or not fit(*tensors):
         return None
     alike = all(t.dtype == first.dtype and t.shape == first.shape and t.stride(1) == 1 for t in tensors)
-    return kernel(f"{name}_{DTYPES[first.dtype]}") if first.ndim == 2 and alike else None
+    return kernel(f"{name}_{DTYPES[first.dtype]}") if alike else None
+
+
+def _norms(states: Tensor, weight: Tensor) -> bool:
+    return weight.ndim == 1 and len(weight) > 0 and states.shape[-1:] == weight.shape
 
 
 def _for_whole(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:

@@ -1,16 +1,18 @@
 /* Elementwise passes of training on a CPU, each in one walk over memory.
  *
  * Plain C: no header of torch or Python, so that one build serves every version of both. The functions that the library
- * exports take raw pointers, sizes and the number of threads; kernels/__init__.py checks tensors and calls them.
+ * exports take raw pointers, sizes and the number of threads; kernels/elementwise.py checks tensors and calls them.
  * Numbers are computed in float32 and rounded once, to the dtype of the output. NaN and infinities pass through.
  */
 #include <stdint.h>
 #include <math.h>
 
+#ifndef CLONES /* a compiler that does not know this is asked again without it (hatch_build.py) */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
+#endif
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define LEAST 16384 /* numbers below which a second thread costs more than it saves */
@@ -30,8 +32,8 @@ INLINE void store_bf16(bf16 *p, float f) {
     *p = (bf16)(f != f ? 0x7fc0u : rounded);
 }
 
-/* 1 / (1 + e^-x), with e^-x to 1e-7 of itself: Cody and Waite's reduction, the polynomial of Cephes' expf. Beyond 60 either
- * way it stays what it is there, 1 or 1e-26: nothing comes near the smallest numbers, with which processors are slow. */
+/* 1 / (1 + e^-x), with e^-x to 1e-7 of itself: Cody and Waite's reduction, the polynomial of Cephes' expf. Below -60 it is 0,
+ * where it were 1e-26: nothing comes near the smallest numbers, with which processors are slow. */
 INLINE float sigmoid(float x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     float y = -x;
@@ -46,7 +48,8 @@ INLINE float sigmoid(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return 1.0f / (1.0f + p * as_float((as_bits(shifted) << 23) + 0x3f800000u));
+    float s = 1.0f / (1.0f + p * as_float((as_bits(shifted) << 23) + 0x3f800000u));
+    return x < -60.0f ? 0.0f : s;
 }
 
 /* Each kernel works on rows `from` to `to`; the exported function shares the rows among threads. */
@@ -65,6 +68,9 @@ INLINE float sigmoid(float x) {
             }                                                                                                           \
         }                                                                                                               \
     } while (0)
+
+/* A hash of the files that this was compiled from. */
+const char *built_from(void) { return BUILT_FROM; }
 
 #define NUMBER float
 #define LOAD load_f32

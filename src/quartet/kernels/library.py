@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 FILE = Path(__file__).parent / "kernels.so"
-"""Compiled from kernels.c at installation (hatch_build.py); not there if there was no compiler."""
+"""Compiled from the C files beside it at installation (hatch_build.py); not there if there was no compiler."""
 ARGUMENTS = {"silu_product": 9, "silu_gradient": 15, "rms_norm": 8, "rms_norm_gradient": 9, "rotary": 18}
 """Of each kernel: pointers and whole numbers, `long` all of them, but for one float."""
 EPSILON = 6
@@ -42,9 +43,22 @@ def kernel(name: str) -> Callable[..., None] | None:
     return found
 
 
+def are_there() -> bool:
+    """Whether this process computes with compiled kernels."""
+    return _library() is not None
+
+
 def fit(*tensors: Tensor) -> bool:
     """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter, FakeTensor) for t in tensors)
+
+
+def source_hash(folder: Path) -> str:
+    """What the C files in a folder are known by; hatch_build.py computes the same."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.[ch]")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 @cache
@@ -55,19 +69,29 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         ctypes.CDLL(threads, ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(FILE))
-    except OSError as error:
+        library = ctypes.CDLL(str(FILE))
+        library.built_from.restype = ctypes.c_char_p
+        built_from = library.built_from().decode()
+    except (OSError, AttributeError) as error:
         _log.warning(
             "The compiled kernels in %s do not load (%s): torch's operations compute in their place", FILE, error
         )
         return None
+    if built_from != source_hash(FILE.parent):
+        _log.warning(
+            "%s was compiled from other files than those beside it, and is not used: install Quartet again", FILE
+        )
+        return None
+    return library
 
 
 def _threads_of_torch() -> str | None:
-    """The file with the OpenMP that this process has loaded; None where it has none, or several."""
+    """The file with the OpenMP that torch computes with: its own, or the only one that this process has loaded."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    files = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line}
-    return files.pop() if len(files) == 1 else None
+    files = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line or "libiomp" in line}
+    own = {file for file in files if Path(file).is_relative_to(Path(torch.__file__).resolve().parent)}
+    candidates = own or files
+    return candidates.pop() if len(candidates) == 1 else None

@@ -34,7 +34,8 @@ def use_fused_layers(model: nn.Module) -> None:
     """Let gated MLPs, RMS norms and the rotary embeddings of attention take their own passes where gradients are taken.
 
     Layers are known by what the source of their forward says, whatever their class is called; others stay as they are.
-    Without gradients every layer computes, bit for bit, what the library's does.
+    Without gradients every layer computes, bit for bit, what the library's does, but where its numbers are compared with
+    those of a training pass (`as_in_training`).
     """
     for module in model.modules():
         kind = None if is_replaced(module) else _fused_kind(type(module))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.converted import CONVERTED
 from quartet.models.embedding import FastEmbedding
 from quartet.models.gradients import IN_PLACE
@@ -119,7 +120,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`x W^T + b`."""
-        if not torch.is_grad_enabled():
+        if not computes_as_in_training():
             return super().forward(input)
         return linear(input, self.weight, self.bias)
 
@@ -137,7 +138,7 @@ class FastLoraLinear(LoraLinear):
         if found is None or found.down is None or found.up is None:
             general: Tensor = super().forward(x, *args, **kwargs)
             return general
-        if torch.is_grad_enabled():
+        if computes_as_in_training():
             return lora_linear(x, found.weight, found.bias, found.down, found.up, found.scale)
         if not found.down.requires_grad:  # a frozen role: as PEFT computes it
             frozen: Tensor = super().forward(x)

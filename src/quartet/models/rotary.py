@@ -1,4 +1,4 @@
-"""Rotary position embeddings of queries and keys by a kernel, where gradients are taken on a CPU."""
+"""Rotary position embeddings of queries and keys by a kernel, in training passes on a CPU."""
 
 from __future__ import annotations
 

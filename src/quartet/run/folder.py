@@ -18,6 +18,7 @@ from quartet import __version__
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, ConfigError, cause_of
+from quartet.kernels.library import are_there
 from quartet.run.checkpoint_folder import list_checkpoints
 from quartet.run.stored_config import CONFIG_FILE
 from quartet.run.trust import resume_command
@@ -181,7 +182,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _header() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")]
-    return f"# quartet {__version__}{_commit()}; {', '.join(versions)}\n"
+    kernels = "compiled kernels" if are_there() else "no compiled kernels"
+    return f"# quartet {__version__}{_commit()}; {', '.join(versions)}; {kernels}\n"
 
 
 def _commit() -> str:

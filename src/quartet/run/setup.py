@@ -15,6 +15,7 @@ from quartet.allocator import return_gaps
 from quartet.config import Config, DataConfig
 from quartet.distributed import BackboneWeights, ProcessEngine, SingleProcess, gathers_for_rollout
 from quartet.errors import CheckpointError, ConfigError, shown
+from quartet.kernels.library import are_there
 from quartet.memory.free import free_memory
 from quartet.models.branch import layer_list
 from quartet.models.checkpoint_info import CheckpointInfo
@@ -190,6 +191,10 @@ def load_everything(
         merged: generate with weights that hold the policy's adapter.
     """
     engine = engine or SingleProcess()
+    if resolve_device(config.models.device).type == "cpu" and not are_there():
+        say(
+            "no compiled kernels here (no C compiler at installation?): training on this CPU takes longer than it has to"
+        )
     with measuring("load"):
         roles = _load(config, inputs, engine)
         optimizer = make_optimizer(roles, config.ppo)
