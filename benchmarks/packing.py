@@ -7,15 +7,13 @@ usage: python benchmarks/packing.py [--quick] [--json FILE] [--only TEXT ...]
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
-import time
-from pathlib import Path
+from functools import cache
 from statistics import median
 from typing import Any
 
 from harness import chosen_cases, heading, machine, make_models, own_versions, parser, run_worker, write_json
+from in_turn import worker
 
 CASES = {
     f"{size} {'LoRA' if plan == 'paired' else 'full'}, {'ends early' if early else 'to the limit'}": (size, plan, early)
@@ -25,51 +23,22 @@ CASES = {
 LONGEST = sys.maxsize
 
 
-def work(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of one epoch in both layouts, pair by pair."""
-    from quartet_worker import configuration
+WAYS = ("padded", "side by side")
 
-    from quartet.distributed import SingleProcess
+
+@cache
+def require_packing(backbone: Any) -> None:
+    """Asked before the first change: whether sequences lie side by side by themselves."""
+    assert backbone.packs_up_to
+
+
+def switch(loaded: Any, way: str) -> None:
+    """Lay sequences out so from here on."""
     from quartet.models.packing import assume_packing
-    from quartet.run.progress import Progress
-    from quartet.run.session import Session
-    from quartet.stages.advantages import compute_advantages
-    from quartet.stages.batching import SequenceTable, microbatches
-    from quartet.stages.update import Updater
 
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
-        config = configuration(options, Path(folder))
-        session = Session.start(config, progress, SingleProcess())
-        loaded = session.loaded
-        assert loaded.roles.policy.backbone.packs_up_to
-        batch = compute_advantages(
-            session.score(loaded.rollout.generate(session.next_prompts())), config.ppo, kl_coef=session.state.kl_coef
-        )
-        updater = Updater(loaded.trained, loaded.optimizer, loaded.engine, config.ppo, temperature=1.0, seed=7)
-        found: dict[str, list[float]] = {"padded": [], "side by side": []}
-        for turn in range(options.pairs + 1):
-            for name in sorted(found, reverse=turn % 2 == 0):
-                for view in (loaded.roles.policy, loaded.roles.value):
-                    assume_packing(view.backbone, LONGEST if name == "side by side" else 0)
-                start = time.perf_counter()
-                updater.update(batch, iteration=1)
-                if turn:  # the first pair warms up
-                    found[name].append(time.perf_counter() - start)
-        table = SequenceTable.of(batch.scored.rollout)
-        rows = range(len(table))
-        padded = sum(part.input_ids.numel() for _, part in microbatches(table, rows, config.ppo.microbatch_rows))
-        return {"seconds": found, "tokens": sum(map(table.length, rows)), "padded": padded}
-
-
-def worker() -> None:
-    """One case; its options are those of `quartet_worker.py`."""
-    from probe import write_result
-    from quartet_worker import parse
-
-    pairs = int(sys.argv.pop())
-    options = parse()
-    options.pairs = pairs
-    write_result(options.out, work(options))
+    require_packing(loaded.roles.policy.backbone)
+    for view in (loaded.roles.policy, loaded.roles.value):
+        assume_packing(view.backbone, LONGEST if way == WAYS[1] else 0)
 
 
 def main() -> None:
@@ -101,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    worker() if "--out" in sys.argv else main()
+    worker(WAYS, switch) if "--out" in sys.argv else main()
