@@ -179,8 +179,7 @@ def loading_bytes(choices: Choices, trained: float, rest: float, tensors: int, *
     """Bytes at the peak of loading beside the weights.
 
     Stage 2 copies its share of what is trained and makes gradients for it. Stage 3 makes gradients for one group of it and
-    lets go of them before the frozen backbones come; its hooks stay. What else lies in memory then fits into what it gave back
-    when adapters were cut: gaps that were there before loading are among it.
+    lets go of them before the frozen backbones come; its hooks stay.
 
     Args:
         trained, rest: bytes of a process's share of what is trained, and of what comes after it.
