@@ -39,6 +39,7 @@ KINDS = {
     ],
     "copies, conversions": _COPIES.split(),
     "optimizer": ["_fused_adamw", "_foreach_mul", "_foreach_norm"],
+    "kernels": ["GatedMLP", "_RMSNorm", "_Turned"],
 }
 """Kinds of operations, by name without namespace and without what marks one that writes in place or a gradient."""
 CASES = {
@@ -50,8 +51,13 @@ CASES = {
 
 
 def kind_of(operation: str) -> str:
-    """The kind of an operation of the profile; `rest` for an autograd node or anything else."""
-    name = operation.partition("::")[2].removesuffix("_").removesuffix("_backward")
+    """The kind of an operation of the profile; `rest` for an autograd node or anything else.
+
+    The profiler does not know compiled kernels: their time is that of the nodes which call them, with the Python in these.
+    """
+    name = operation.partition("::")[2].removesuffix("_").removesuffix("_backward") or operation.removesuffix(
+        "Backward"
+    )
     return next((kind for kind, names in KINDS.items() if name in names), "rest")
 
 
