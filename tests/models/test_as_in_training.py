@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline import Pipeline
+from quartet.kernels.library import are_there
 from quartet.models.as_in_training import as_in_training
 from quartet.models.precision import autocast
 from tiny import TinyRun
@@ -26,4 +27,4 @@ def test_the_numbers_are_those_of_a_pass_with_gradients(tiny_run: TinyRun, dtype
                 found = backbone.model(input_ids=IDS, use_cache=False)[0]
     assert expected.requires_grad
     assert torch.equal(found, expected)
-    assert not torch.equal(plain, expected)
+    assert not are_there() or not torch.equal(plain, expected)
