@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -44,13 +44,16 @@ def _compiled(folder: Path, library: Path) -> str | None:
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
     if not compiler[0]:
         return "no C compiler found"
+    built_from = runpy.run_path(str(folder / "sources.py"))["source_hash"](
+        folder
+    )  # as the library is asked for when loaded
     said = ""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         made, built = Path(place) / "kernels.o", Path(place) / "kernels.so"
         compile_one = [
             *compiler,
             *FLAGS,
-            f'-DBUILT_FROM="{_source_hash(folder)}"',
+            f'-DBUILT_FROM="{built_from}"',
             "-c",
             folder / "kernels.c",
             "-o",
@@ -70,11 +73,3 @@ def _compiled(folder: Path, library: Path) -> str | None:
             built.replace(library)
             return None
     return f"they do not compile: {said}"
-
-
-def _source_hash(folder: Path) -> str:
-    """As the library is asked for when it is loaded (kernels/library.py)."""
-    found = hashlib.sha256()
-    for file in sorted(folder.glob("*.[ch]")):
-        found.update(file.read_bytes())
-    return found.hexdigest()

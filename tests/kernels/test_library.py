@@ -109,7 +109,7 @@ print(data)
 def checkout(place: Path, *, broken: bool = False) -> Path:
     folder = place / "src" / "quartet" / "kernels"
     folder.mkdir(parents=True)
-    for file in library.FILE.parent.glob("*.[ch]"):
+    for file in (*library.FILE.parent.glob("*.[ch]"), library.FILE.parent / "sources.py"):
         shutil.copy(file, folder)
     if broken:
         (folder / "kernels.c").write_text("this is no C")
@@ -149,7 +149,7 @@ def test_an_installation_compiles_them(tmp_path: Path, old: bool, monkeypatch: p
     assert not data["pure_python"]
     monkeypatch.setattr(library, "FILE", folder / "kernels.so")
     assert library._library.__wrapped__() is not None
-    assert len(list(folder.iterdir())) == len(list(folder.glob("*.[ch]"))) + 1
+    assert len(list(folder.iterdir())) == len(list(folder.glob("*.[ch]"))) + 2  # sources.py and the library
 
 
 def test_a_source_archive_leaves_the_kernels_of_an_installation_alone(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ class Zero3(ZeroEngine):
         return keeper
 
     def prepare(self, trained: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Cut policy and value and give them to DeepSpeed, then the frozen rest: DeepSpeed lays what is trained out flat, and
-        fetches its weights one by one, for which there is room while the rest is not cut."""
+        """Cut what is trained, into one flat tensor, then the rest of policy and value; give them to DeepSpeed; then cut the
+        frozen backbones, which rest in their files until then."""
         inside = set(trained.modules())
         moved = [p for group in optimizer.param_groups for p in group["params"]]
         self._cut(moved, self._configuration, moved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from quartet.kernels.sources import source_hash
 
 FILE = Path(__file__).parent / "kernels.so"
 """Compiled from the C files beside it at installation (hatch_build.py); not there if there was no compiler."""
@@ -51,14 +52,6 @@ def are_there() -> bool:
 def fit(*tensors: Tensor) -> bool:
     """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter, FakeTensor) for t in tensors)
-
-
-def source_hash(folder: Path) -> str:
-    """What the C files in a folder are known by; hatch_build.py computes the same."""
-    found = hashlib.sha256()
-    for file in sorted(folder.glob("*.[ch]")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
 
 
 @cache
