@@ -1,9 +1,24 @@
-"""Passes of training on a CPU that walk over memory once, compiled from C where a compiler was there at installation.
+"""Passes on a CPU that walk over memory once, compiled from C where a compiler was there at installation: layers of training, and
+decoding steps.
 
 A function says False or gives None where the kernels are not there or do not fit its tensors: the caller then computes with
 torch's operations.
 """
 
+from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, decodes, few_rows
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
 
-__all__ = ["rms_norm", "rms_norm_gradient", "rotary", "rotary_fits", "silu_gradient", "silu_product"]
+__all__ = [
+    "FEW",
+    "Decoding",
+    "Layer",
+    "Linear",
+    "decodes",
+    "few_rows",
+    "rms_norm",
+    "rms_norm_gradient",
+    "rotary",
+    "rotary_fits",
+    "silu_gradient",
+    "silu_product",
+]

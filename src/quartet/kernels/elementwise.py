@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
-from quartet.kernels.library import DTYPES, fit, kernel
+from quartet.kernels.library import DTYPES, are_real, fit, kernel
 
 
 def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
@@ -26,7 +25,7 @@ def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
     function = _for_rows(tensors, "silu_product")
     if function is None:
         return False
-    if not _stands_for_another(*tensors):
+    if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         function(*pointers, *gate.shape, *strides, torch.get_num_threads())
     increment_version(out)
@@ -49,7 +48,7 @@ def silu_gradient(
     function = _for_rows(tensors, "silu_gradient")
     if function is None:
         return False
-    if not _stands_for_another(*tensors):
+    if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         if product is None:
             pointers, strides = [*pointers, 0], [*strides, 0]
@@ -72,7 +71,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
         return None
     out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1, dtype=torch.float32)
     tensors = (states, weight, out, scales)
-    if not _stands_for_another(*tensors):
+    if are_real(*tensors):
         pointers, columns = [t.data_ptr() for t in tensors], len(weight)
         function(*pointers, states.numel() // columns, columns, eps, torch.get_num_threads())
     return out, scales
@@ -98,7 +97,7 @@ def rms_norm_gradient(
         return None
     by_states, threads = torch.empty_like(states), torch.get_num_threads()
     parts = weight.new_zeros(threads, len(weight), dtype=torch.float32) if of_weight else None
-    if not _stands_for_another(gradient, states):
+    if are_real(gradient, states):
         pointers = [t.data_ptr() for t in (gradient, states, weight, scales, by_states)]
         function(*pointers, 0 if parts is None else parts.data_ptr(), scales.numel(), len(weight), threads)
     return by_states, None if parts is None else parts.sum(0).to(weight.dtype)
@@ -139,7 +138,7 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
     if function is None:
         raise ValueError(f"no kernel turns {tuple(states.shape)} in {states.dtype} by {tuple(cosines.shape)} angles")
     out = torch.empty_like(states)
-    if not _stands_for_another(states, cosines):
+    if are_real(states, cosines):
         n, heads, tokens, width = states.shape
         strides = [t.stride(axis) for t in (states, out) for axis in (0, 2, 1)]
         angles = [0 if len(cosines) == 1 else cosines.stride(0), cosines.stride(1)]
@@ -170,7 +169,3 @@ def _turning(states: Tensor, angles: Tensor) -> Callable[..., None] | None:
     dtypes = (states.dtype, angles.dtype)
     known = all(dtype in DTYPES for dtype in dtypes) and dtypes != (torch.float32, torch.bfloat16)
     return kernel("rotary_" + "_".join(DTYPES[dtype] for dtype in dtypes)) if known else None
-
-
-def _stands_for_another(*tensors: Tensor) -> bool:
-    return any(type(t) is FakeTensor for t in tensors)

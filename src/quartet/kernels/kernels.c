@@ -10,11 +10,14 @@
 #ifndef CLONES /* a compiler that does not know this is asked again without it (hatch_build.py) */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define GENERATIONS
 #else
 #define CLONES
 #endif
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define PASTE(a, b) a##b
+#define JOIN(a, b) PASTE(a, b)
 #define LEAST 16384 /* numbers below which a second thread costs more than it saves */
 
 typedef uint16_t bf16;
@@ -32,15 +35,11 @@ INLINE void store_bf16(bf16 *p, float f) {
     *p = (bf16)(f != f ? 0x7fc0u : rounded);
 }
 
-/* 1 / (1 + e^-x), with e^-x to 1e-7 of itself: Cody and Waite's reduction, the polynomial of Cephes' expf. Below -60 it is 0,
- * where it were 1e-26: nothing comes near the smallest numbers, with which processors are slow. */
-INLINE float sigmoid(float x) {
+/* e^x to 1e-7 of itself, for x from -87 to 87: Cody and Waite's reduction, the polynomial of Cephes' expf. */
+INLINE float exponential_within(float x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float y = -x;
-    y = y > 60.0f ? 60.0f : y;
-    y = y < -60.0f ? -60.0f : y;
-    float shifted = y * 1.44269504088896341f + magic, whole = shifted - magic;
-    float r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float shifted = x * 1.44269504088896341f + magic, whole = shifted - magic;
+    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -48,7 +47,22 @@ INLINE float sigmoid(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    float s = 1.0f / (1.0f + p * as_float((as_bits(shifted) << 23) + 0x3f800000u));
+    return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
+}
+
+/* e^x for x up to 0, as shares are made of: 0 below -60, where it were 1e-26. Nothing comes near the smallest numbers, with which
+ * processors are slow. */
+INLINE float exponential(float x) {
+    float e = exponential_within(x < -60.0f ? -60.0f : x);
+    return x < -60.0f ? 0.0f : e;
+}
+
+/* 1 / (1 + e^-x); 0 below -60, likewise. */
+INLINE float sigmoid(float x) {
+    float y = -x;
+    y = y > 60.0f ? 60.0f : y;
+    y = y < -60.0f ? -60.0f : y;
+    float s = 1.0f / (1.0f + exponential_within(y));
     return x < -60.0f ? 0.0f : s;
 }
 
@@ -69,6 +83,16 @@ INLINE float sigmoid(float x) {
         }                                                                                                               \
     } while (0)
 
+#ifdef GENERATIONS
+#define is_v4() __builtin_cpu_supports("x86-64-v4")
+#define is_v3() __builtin_cpu_supports("x86-64-v3")
+#ifdef __linux__
+#define TILES
+#include "amx.h"
+#endif
+#endif
+#include "few_rows.h"
+
 /* A hash of the files that this was compiled from. */
 const char *built_from(void) { return BUILT_FROM; }
 
@@ -77,6 +101,9 @@ const char *built_from(void) { return BUILT_FROM; }
 #define STORE store_f32
 #define NAMED(kernel) kernel##_f32
 #include "typed.h"
+#include "generations.h"
+#include "linear.h"
+#include "decoding.h"
 #define ANGLE float
 #define LOAD_ANGLE load_f32
 #define TURNED(kernel) kernel##_f32_f32
@@ -92,6 +119,9 @@ const char *built_from(void) { return BUILT_FROM; }
 #define STORE store_bf16
 #define NAMED(kernel) kernel##_bf16
 #include "typed.h"
+#include "generations.h"
+#include "linear.h"
+#include "decoding.h"
 #define TURNED(kernel) kernel##_bf16_f32
 #include "rotary.h"
 #undef ANGLE

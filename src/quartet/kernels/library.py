@@ -18,7 +18,15 @@ from quartet.kernels.sources import source_hash
 
 FILE = Path(__file__).parent / "kernels.so"
 """Compiled from the C files beside it at installation (hatch_build.py); not there if there was no compiler."""
-ARGUMENTS = {"silu_product": 9, "silu_gradient": 15, "rms_norm": 8, "rms_norm_gradient": 9, "rotary": 18}
+ARGUMENTS = {
+    "silu_product": 9,
+    "silu_gradient": 15,
+    "rms_norm": 8,
+    "rms_norm_gradient": 9,
+    "rotary": 18,
+    "few_rows": 9,
+    "decode": 2,
+}
 """Of each kernel: pointers and whole numbers, `long` all of them, but for one float."""
 EPSILON = 6
 """The argument of `rms_norm` that is a float."""
@@ -52,6 +60,11 @@ def are_there() -> bool:
 def fit(*tensors: Tensor) -> bool:
     """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter, FakeTensor) for t in tensors)
+
+
+def are_real(*tensors: Tensor) -> bool:
+    """Whether these tensors hold numbers: none only stands for one in a plan of memory."""
+    return all(type(t) is not FakeTensor for t in tensors)
 
 
 @cache

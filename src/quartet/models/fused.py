@@ -43,6 +43,12 @@ def use_fused_layers(model: nn.Module) -> None:
             module.__class__ = kind
 
 
+def library_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's class, of which this may be one with passes of its own."""
+    known: type[nn.Module] = kind.__mro__[1] if kind in _kinds.values() else kind
+    return known
+
+
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * w` over the last dimension (arXiv 1910.07467), computed in float32.
 

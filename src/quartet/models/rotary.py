@@ -28,15 +28,22 @@ def turning_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that stands in for that of an attention: the library's forward, which finds another function under the name of
     the one that turns queries and keys. None where the attention does something else."""
     forward: Any = kind.forward
-    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
+    if not turns_halves(kind):
         return None
     known = forward.__globals__
-    if not _says(known.get(NAME), TURNED) or not _says(known.get(HALVES), HALF):
-        return None
     names = {**known, NAME: _turn_in_place_of(known[NAME])}
     own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__, own.__annotations__ = forward.__kwdefaults__, forward.__annotations__
     return type(kind.__name__, (kind,), {"forward": own, "__module__": __name__})
+
+
+def turns_halves(kind: type[nn.Module]) -> bool:
+    """Whether a library's attention turns the halves of its queries and keys."""
+    forward: Any = kind.forward
+    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
+        return False
+    known = forward.__globals__
+    return _says(known.get(NAME), TURNED) and _says(known.get(HALVES), HALF)
 
 
 def _says(function: Any, lines: tuple[str, ...]) -> bool:

@@ -11,9 +11,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from quartet import kernels
 from quartet.distributed import is_share
 from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
 from quartet.models.precision import on_cpu
+
+Forward = Callable[[Tensor], Tensor]
 
 _SMALLEST_SIDE = 64
 """Below, as in a LoRA matrix, the call costs more than the product."""
@@ -28,10 +31,11 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
     LoRA layers: scale and conversion of the two small matrices are done once and not in every call. Merged, their product is
     added to a copy of the weight, and a call is one product; what they are made of is only read.
 
-    Plain linear layers on the CPU multiply with oneDNN. torch multiplies float32 matrices with MKL, which is 1.3 to 3
-    times slower on processors whose widest vectors it leaves unused. Where the weights are float32 and the computation
-    is in bfloat16, autocast would convert all weights in every step: here each is converted once, into oneDNN's own
-    layout, and the copy is dropped at the end (2 bytes for each weight meanwhile).
+    Plain linear layers on the CPU multiply few rows by a kernel that reads the weight once, more of them, and where there are no
+    kernels all, with oneDNN. torch multiplies float32 matrices with MKL, which is 1.3 to 3 times slower on processors whose
+    widest vectors it leaves unused. Where the weights are float32 and the computation is in bfloat16, autocast would convert
+    all weights in every step: here each is converted once, and the copy is dropped at the end (2 bytes for each weight
+    meanwhile).
 
     Weights that are fetched for each use, quantized layers, GPT-2's Conv1D, LoRA variants and layers whose forward another
     library has replaced stay as they are.
@@ -67,28 +71,87 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
             del module.__dict__["forward"]
 
 
-def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+class Product:
+    """`x W^T + b` with a weight of the computation's dtype: few rows by a kernel, where there is one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, many: Forward) -> None:
+        """
+        Args:
+            many: computes the same for more rows.
+        """
+        self.layer = kernels.Linear(weight, None if bias is None else bias.detach().float())
+        self._most = kernels.FEW * weight.shape[1] if self.layer.fits() else 0
+        self._many = many
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states `[..., in]`."""
+        return kernels.few_rows(states, self.layer) if 0 < states.numel() <= self._most else self._many(states)
+
+
+class WithAdapter:
+    """`base(x) + x A^T B^T`, the sum taken in the matrix product."""
+
+    def __init__(self, base: nn.Module, low: Tensor, high: Tensor) -> None:
+        """
+        Args:
+            low: A.
+            high: B, the adapter's scale in it.
+        """
+        self.base, self.low = base, low
+        self.down, self.up = upright(low), upright(high)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states `[..., in]`."""
+        result: Tensor = self.base(states)
+        add_upright(result, states, self.down, self.up, 1.0)
+        return result
+
+
+def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
+    """What a layer computes with under `fast_linears`, where there are kernels for that; None where the layer has to be called."""
+    forward = module.__dict__.get("forward")
+    found = None
+    if isinstance(forward, Product):
+        found = forward.layer
+    elif isinstance(forward, WithAdapter):
+        base = linear_of(forward.base, dtype)
+        found = None if base is None else kernels.Linear(base.weight, base.bias, forward.low, forward.up)
+    elif forward is None and type(module) in (nn.Linear, FastLinear):
+        weight, bias = module.weight, module.bias
+        if _is_here(weight) and weight.dtype == dtype:
+            found = kernels.Linear(weight.detach(), None if bias is None else bias.detach().float())
+    return found if found is not None and found.weight.dtype == dtype and found.fits() else None
+
+
+def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Forward | None:
     weight = module.weight
-    if not _is_here(weight) or weight.dtype != torch.float32:
+    if not _is_here(weight) or weight.dtype not in (torch.float32, dtype):
         return None
-    return _by_onednn(weight.detach(), module.bias, dtype)
+    return _product(weight.detach(), module.bias, dtype)
 
 
-def _by_onednn(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """The product with a weight of any dtype, where oneDNN is there for it and pays, and the weight is no stand-in."""
+def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Forward | None:
+    """The product with a weight, where a kernel or oneDNN is there for it and pays, and the weight is no stand-in."""
     if type(weight) is not Tensor or not on_cpu(weight) or min(weight.shape) < _SMALLEST_SIDE:
         return None
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if dtype == torch.float32 and weight.dtype == dtype:
-        return partial(_float32, weight, bias)
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
-        return partial(_packed, packed, None if bias is None else bias.detach().to(dtype))
-    return None
+        if onednn or kernels.decodes(dtype):
+            return Product(weight, bias, partial(_float32 if onednn else nn.functional.linear, weight=weight, bias=bias))
+        return None
+    if dtype != torch.bfloat16 or not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return None
+    bias = None if bias is None else bias.detach().to(dtype)
+    if kernels.decodes(dtype):
+        narrow = weight.to(dtype)
+        return Product(narrow, bias, partial(_plain, narrow, bias))
+    if weight.dtype == dtype:
+        return None  # as torch computes it
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+    return partial(_packed, packed, bias)
 
 
-def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Callable[[Tensor], Tensor] | None:
+def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Forward | None:
     """The layer as one product, with `W + s B A` in place of W (arXiv 2106.09685)."""
     base: Any = module.base_layer
     found = _plain_adapter(module, adapter)
@@ -100,7 +163,7 @@ def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Cal
             base.weight.detach().float(), high.detach().float(), low.detach().float(), alpha=module.scaling[adapter]
         ).to(dtype)
     bias = None if base.bias is None else base.bias.detach().to(dtype)
-    return _by_onednn(whole, bias, dtype) or partial(_plain, whole, bias)
+    return _product(whole, bias, dtype) or Product(whole, bias, partial(_plain, whole, bias))
 
 
 def _plain(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
@@ -112,7 +175,7 @@ def _is_here(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and not is_share(weight)
 
 
-def _float32(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
+def _float32(states: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
     if states.dtype != torch.float32 or states.numel() < _FEWEST_ROWS * weight.shape[1]:
         return nn.functional.linear(states, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
@@ -124,16 +187,15 @@ def _packed(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
     return result
 
 
-def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Callable[[Tensor], Tensor] | None:
+def _lora_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Forward | None:
     found = _plain_adapter(module, adapter)
     if found is None:
         return None
     low, high = found
     if isinstance(module.base_layer, nn.Linear) and type(module.base_layer) not in (nn.Linear, FastLinear):
         return None  # a quantized one
-    down = upright(low.detach().to(dtype))
-    up = upright((high.detach() * module.scaling[adapter]).to(dtype))
-    return partial(_with_lora, module.base_layer, down, up)
+    scaled = (high.detach() * module.scaling[adapter]).to(dtype)
+    return WithAdapter(module.base_layer, low.detach().to(dtype), scaled)
 
 
 def _plain_adapter(module: LoraLinear, adapter: str) -> tuple[Tensor, Tensor] | None:
@@ -145,10 +207,3 @@ def _plain_adapter(module: LoraLinear, adapter: str) -> tuple[Tensor, Tensor] | 
     if high.bias is not None or is_share(low.weight):
         return None
     return low.weight, high.weight
-
-
-def _with_lora(base: nn.Module, down: Tensor, up: Tensor, states: Tensor) -> Tensor:
-    """`base(x) + x A^T B^T`, the sum taken in the matrix product; `down` is A^T, `up` is B^T."""
-    result: Tensor = base(states)
-    add_upright(result, states, down, up, 1.0)
-    return result

@@ -13,7 +13,7 @@ from quartet.models.transfer import to_device
 from quartet.records import Prompts, Rollout
 from quartet.rollout.engine import SamplingSettings
 from quartet.rollout.sampling import episode_uniforms
-from quartet.rollout.static_cache import RowCache
+from quartet.rollout.static_cache import NotDrivable, RowCache
 from quartet.rollout.static_decoder import Decoder, check, generating
 from quartet.rollout.steps import Picked, RecordedSteps, Recorder, Shape, Steps, check_recording, not_recorded
 
@@ -89,7 +89,11 @@ class StaticEngine:
         self._say: Callable[[str], None] = print
         self._seen: set[Shape] = set()
         with generating(policy, merged=merged):
-            check(self._decoder, policy)
+            try:
+                check(self._decoder, policy)
+            except NotDrivable:  # perhaps layer by layer
+                self._decoder.compiles = False
+                check(self._decoder, policy)
 
     def record_with(self, recorder: Callable[[], Recorder], say: Callable[[str], None] = print) -> None:
         """Record decoding steps and play them back.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quartet.errors import brief
 from quartet.models.roles import LanguageView
+from quartet.rollout.compiled import CompiledStep, compiled_step
 from quartet.rollout.linears import fast_linears
 from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
 
@@ -29,6 +30,8 @@ class Decoder:
         self._transformer = backbone.transformer
         self._patterns = layer_patterns(backbone.model.config)
         self._dtype = backbone.dtype
+        self.compiles = True
+        """Take a compiled step where there is one."""
         if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
             raise NotDrivable("it takes no position_ids")
 
@@ -62,6 +65,9 @@ class Decoder:
         Returns:
             Hidden states `[n, H]` of these tokens.
         """
+        compiled = self._compiled(cache)
+        if compiled is not None:
+            return compiled(tokens, positions)
         cache.decode(positions, columns)
         output: Any = self._transformer(
             input_ids=tokens[:, None],
@@ -72,6 +78,15 @@ class Decoder:
         )
         states: Tensor = output.last_hidden_state
         return states[:, -1]
+
+
+    def _compiled(self, cache: RowCache) -> CompiledStep | None:
+        """The step over a cache as one kernel, where there is one; looked for when the cache is first decoded over."""
+        if not cache.looked_for_step:
+            cache.looked_for_step = True
+            if self.compiles:
+                cache.step = compiled_step(self._transformer, self._patterns, cache, self._dtype)
+        return cache.step
 
 
 @contextmanager

@@ -1,0 +1,61 @@
+/* `products.h` for each generation of processors, with
+ *
+ *   SUITED(name)      a name of its own
+ *   TARGET            what tells the compiler of it
+ *   LANES, TILE_ROWS  numbers in a vector, and rows of a tile
+ *   EVEN, ODD         every second number of a pair of vectors
+ */
+#ifdef GENERATIONS
+#define SUITED(name) JOIN(name, _v4)
+#define TARGET __attribute__((target("arch=x86-64-v4")))
+#define LANES 16
+#define TILE_ROWS 4
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#ifndef LANES_KNOWN
+#include "lanes.h"
+#endif
+#include "products.h"
+#undef SUITED
+#undef TARGET
+#undef LANES
+#undef TILE_ROWS
+#undef EVEN
+#undef ODD
+
+#define SUITED(name) JOIN(name, _v3)
+#define TARGET __attribute__((target("arch=x86-64-v3")))
+#define LANES 8
+#define TILE_ROWS 4
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#ifndef LANES_KNOWN
+#include "lanes.h"
+#endif
+#include "products.h"
+#undef SUITED
+#undef TARGET
+#undef LANES
+#undef TILE_ROWS
+#undef EVEN
+#undef ODD
+#endif
+
+#define SUITED(name) JOIN(name, _any)
+#define TARGET
+#define LANES 4
+#define TILE_ROWS 2
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#ifndef LANES_KNOWN
+#include "lanes.h"
+#endif
+#include "products.h"
+#undef SUITED
+#undef TARGET
+#undef LANES
+#undef TILE_ROWS
+#undef EVEN
+#undef ODD
+
+#define LANES_KNOWN

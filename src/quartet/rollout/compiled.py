@@ -1,0 +1,185 @@
+"""A decoding step as one call of a kernel, for transformers that are known to compute what it computes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quartet import kernels
+from quartet.models.fused import GATED, RMS_NORM, library_kind
+from quartet.models.gated import is_silu
+from quartet.models.precision import on_cpu
+from quartet.models.rotary import turns_halves
+from quartet.rollout.linears import linear_of
+from quartet.rollout.static_cache import Pattern, RowCache
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a forward says, line by line, and all that it takes from its module."""
+
+    lines: tuple[str, ...]
+    names: frozenset[str]
+
+    def describes(self, module: Any) -> bool:
+        """Whether the source of a module's forward says so."""
+        try:
+            source = inspect.getsource(inspect.unwrap(library_kind(type(module)).forward))
+        except (AttributeError, OSError, TypeError):
+            return False
+        return all(line in source for line in self.lines) and self.names.issuperset(SELF.findall(source))
+
+
+SELF = re.compile(r"\bself\.(\w+)")
+TRANSFORMER = _Known(
+    (
+        "inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)",
+        "hidden_states = inputs_embeds",
+        "position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)",
+        " in self.layers[: self.config.num_hidden_layers]:",
+        "hidden_states = self.norm(hidden_states)",
+    ),
+    frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config")),
+)
+MANY_KINDS = _Known(
+    tuple(
+        line.replace(" in self.layers[: self.config.num_hidden_layers]", " in enumerate(self.layers[: self.config.num_hidden_layers])")
+        for line in TRANSFORMER.lines
+    ),
+    TRANSFORMER.names | {"has_sliding_layers"},
+)
+"""Layers that see everything and layers with a window."""
+LAYER = _Known(
+    (
+        "residual = hidden_states",
+        "hidden_states = self.input_layernorm(hidden_states)",
+        "hidden_states, _ = self.self_attn(",
+        "hidden_states = residual + hidden_states",
+        "hidden_states = self.post_attention_layernorm(hidden_states)",
+        "hidden_states = self.mlp(hidden_states)",
+    ),
+    frozenset(("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")),
+)
+_ATTENTION = (
+    "hidden_shape = (*input_shape, -1, self.head_dim)",
+    "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+    "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)",
+    "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)",
+    "dropout=0.0 if not self.training else self.attention_dropout,",
+    "scaling=self.scaling,",
+    "attn_output = self.o_proj(attn_output)",
+)
+_OF_ATTENTION = frozenset(
+    "head_dim q_proj k_proj v_proj o_proj layer_idx config training attention_dropout scaling sliding_window".split()
+)
+ATTENTION = _Known(
+    (
+        *_ATTENTION,
+        "query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+        "key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+    ),
+    _OF_ATTENTION,
+)
+NORMED_ATTENTION = _Known(
+    (
+        *_ATTENTION,
+        "query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
+        "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
+    ),
+    _OF_ATTENTION | {"q_norm", "k_norm"},
+)
+MLP = _Known((GATED,), frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")))
+NORM = _Known(RMS_NORM, frozenset(("weight", "variance_epsilon")))
+
+
+class CompiledStep:
+    """Decoding steps over one cache, for as long as the weights are where they are."""
+
+    def __init__(self, transformer: Any, decoding: kernels.Decoding) -> None:
+        self._transformer, self._decoding = transformer, decoding
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Append one token to each of the rows 0 to n - 1.
+
+        Args:
+            tokens: int64 `[n]`.
+            positions: int64 `[n]`, tokens that each row holds already.
+
+        Returns:
+            Hidden states `[n, H]` of these tokens.
+        """
+        states: Tensor = self._transformer.embed_tokens(tokens)
+        cosines, sines = self._transformer.rotary_emb(states[:, None], position_ids=positions[:, None])
+        angles = (angle.squeeze(1).float().contiguous() for angle in (cosines, sines))
+        return self._decoding(states, positions.contiguous(), *angles).to(states.dtype)
+
+
+def compiled_step(
+    transformer: nn.Module, patterns: list[Pattern], cache: RowCache, dtype: torch.dtype
+) -> CompiledStep | None:
+    """The step of a transformer over a cache that holds prompts; None where it has to be computed layer by layer.
+
+    Layers are known by what the source of their forward says, whatever their class is called.
+
+    Args:
+        dtype: of the computation; that of the cache.
+    """
+    whole: Any = transformer
+    first = getattr(transformer, "embed_tokens", None)
+    if not isinstance(first, nn.Embedding) or not on_cpu(first.weight) or not kernels.decodes(dtype):
+        return None
+    if not (TRANSFORMER.describes(transformer) or MANY_KINDS.describes(transformer)) or _hooked(transformer):
+        return None
+    if first.weight.dtype not in (torch.float32, dtype) or cache.shape[0] > kernels.FEW:
+        return None
+    layers = [_layer(*one, dtype) for one in zip(whole.layers, patterns, cache.layers, strict=True)]
+    known = [layer for layer in layers if layer is not None]
+    norms = [module for module in whole.modules() if NORM.describes(module)]
+    eps = {module.variance_epsilon for module in norms}
+    scaling = {layer.self_attn.scaling for layer in whole.layers}
+    if len(known) < len(layers) or not NORM.describes(whole.norm) or len(eps) != 1 or len(scaling) != 1:
+        return None
+    heads = len(known[0].query.weight) // known[0].keys.shape[-1]
+    narrow = first.weight.dtype != torch.float32
+    last = _float(whole.norm)
+    return CompiledStep(
+        whole, kernels.Decoding(known, last, heads=heads, eps=eps.pop(), scaling=scaling.pop(), narrow=narrow)
+    )
+
+
+def _layer(layer: Any, pattern: Pattern, cache: Any, dtype: torch.dtype) -> kernels.Layer | None:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    normed = NORMED_ATTENTION.describes(attention)
+    if not LAYER.describes(layer) or not (normed or ATTENTION.describes(attention)) or not MLP.describes(mlp):
+        return None
+    if not turns_halves(library_kind(type(attention))) or not is_silu(mlp.act_fn):
+        return None
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if normed else []
+    places = (
+        *(getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *(getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")),
+    )
+    linears = [linear_of(module, dtype) for module in places]
+    found = [linear for linear in linears if linear is not None]
+    if len(found) < len(linears) or not all(NORM.describes(norm) for norm in norms) or cache.keys.dtype != dtype:
+        return None
+    if cache.keys.shape != cache.values.shape or cache.keys.shape[-1] % 2:
+        return None
+    weights = [_float(norm) for norm in norms]
+    of_heads = (weights[2], weights[3]) if normed else (None, None)
+    return kernels.Layer(weights[0], weights[1], *of_heads, *found, cache.keys, cache.values, pattern.window)
+
+
+def _float(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight.detach().float().contiguous()
+    return weight
+
+
+def _hooked(transformer: nn.Module) -> bool:
+    """Whether something waits for the call of a module."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
