@@ -5,11 +5,12 @@ A function says False or gives None where the kernels are not there or do not fi
 torch's operations.
 """
 
-from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, decodes, few_rows
+from quartet.kernels.decoding import FEW, LONGEST, Decoding, Layer, Linear, decodes, few_rows
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
 
 __all__ = [
     "FEW",
+    "LONGEST",
     "Decoding",
     "Layer",
     "Linear",

@@ -3,39 +3,41 @@
  * operations on that dtype round them; the residual stream is rounded only where it is of that dtype itself (`step.narrow`).
  */
 
-CLONES static void NAMED(normed_rows)(const step *s, const float *weight, float *out, long out_row, long from, long to) {
-    for (long m = from; m < to; m++) {
-        const float *x = s->states + m * s->hidden;
-        float *y = out + m * out_row, sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (long j = 0; j < s->hidden; j++) sum += x[j] * x[j];
-        const float scale = 1.0f / sqrtf(sum / (float)s->hidden + s->eps);
+/* A thread's features of the states, normalised; each thread looks at all of them. */
+CLONES static void NAMED(normed)(const step *s, const float *weight, float *out, long from, long to) {
+    float scale[MOST] = {0};
+    for (long j = 0; j < s->hidden; j++) {
 #pragma omp simd
-        for (long j = 0; j < s->hidden; j++) y[j] = NAMED(rounded)(x[j] * scale * weight[j]);
+        for (long m = 0; m < s->side; m++) scale[m] += s->states[j * s->side + m] * s->states[j * s->side + m];
+    }
+#pragma omp simd
+    for (long m = 0; m < s->side; m++) scale[m] = 1.0f / sqrtf(scale[m] / (float)s->hidden + s->eps);
+    for (long j = from; j < to; j++) {
+#pragma omp simd
+        for (long m = 0; m < s->side; m++)
+            out[j * s->side + m] = NAMED(rounded)(s->states[j * s->side + m] * scale[m] * weight[j]);
     }
 }
 
-CLONES static void NAMED(add_to_states)(const step *s, const float *more, long more_row, long from, long to) {
-    for (long m = 0; m < s->rows; m++) {
-        float *x = s->states + m * s->hidden;
-        const float *y = more + m * more_row;
-        if (s->narrow) {
+CLONES static void NAMED(add_to_states)(const step *s, const float *more, long from, long to) {
+    const long end = to * s->side;
+    if (s->narrow) {
 #pragma omp simd
-            for (long j = from; j < to; j++) x[j] = NAMED(rounded)(x[j] + y[j]);
-        } else {
+        for (long i = from * s->side; i < end; i++) s->states[i] = NAMED(rounded)(s->states[i] + more[i]);
+    } else {
 #pragma omp simd
-            for (long j = from; j < to; j++) x[j] += y[j];
-        }
+        for (long i = from * s->side; i < end; i++) s->states[i] += more[i];
     }
 }
 
-CLONES static void NAMED(gate_rows)(const float *gate, const float *up, float *out, long row, long rows, long from, long to) {
-    for (long m = 0; m < rows; m++) {
-        const float *g = gate + m * row, *u = up + m * row;
-        float *o = out + m * row;
+CLONES static void NAMED(gate_all)(float *gate, const float *up, long count) {
 #pragma omp simd
-        for (long j = from; j < to; j++) o[j] = NAMED(rounded)(g[j] * sigmoid(g[j]) * u[j]);
-    }
+    for (long i = 0; i < count; i++) gate[i] = NAMED(rounded)(gate[i] * sigmoid(gate[i]) * up[i]);
+}
+
+/* A head of a row, out of the rows side by side. */
+static void NAMED(take_head)(const step *s, const float *all, long head, long row, float *out) {
+    for (long j = 0; j < s->size; j++) out[j] = all[(head * s->size + j) * s->side + row];
 }
 
 /* A head in place: normalised where its layer does that, turned to its position, rounded. */
@@ -57,6 +59,12 @@ CLONES static void NAMED(place_head)(const step *s, float *head, const float *no
     }
 }
 
+CLONES static void NAMED(keep_head)(const float *head, NUMBER *place, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; j++) STORE(place + j, head[j]);
+}
+
+/* Scores to shares; a share's total. */
 CLONES static float NAMED(softmax)(float *scores, long count, float scaling) {
     float top = scores[0], total = 0.0f;
 #pragma omp simd reduction(max : top)
@@ -70,98 +78,79 @@ CLONES static float NAMED(softmax)(float *scores, long count, float scaling) {
     return total;
 }
 
-CLONES static void NAMED(keep_head)(const float *head, NUMBER *place, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; j++) STORE(place + j, head[j]);
-}
-
-CLONES static void NAMED(weighted)(float *head, float total, long size) {
-    const float share = 1.0f / total;
-#pragma omp simd
-    for (long j = 0; j < size; j++) head[j] = NAMED(rounded)(head[j] * share);
-}
-
-/* Attention of the new token of a row under one key head: writes its key and value, and looks at what its layer lets it. */
+/* Attention of a row's new token under one key head: keeps its key and value, and looks at what its layer lets it. */
 static void NAMED(attend)(const step *s, const layer *l, long row, long shared, float *scores) {
     const long group = s->heads / s->shared, size = s->size, position = s->positions[row];
     const float *cosines = s->cosines + row * size, *sines = s->sines + row * size;
-    const long place = ((row * s->shared + shared) * s->columns + position) * size;
-    float *key = s->keys + (row * s->shared + shared) * size, *value = s->values + (row * s->shared + shared) * size;
-    float *query = s->queries + (row * s->heads + shared * group) * size;
-    NAMED(place_head)(s, key, l->key_norm, cosines, sines);
-    NAMED(keep_head)(key, (NUMBER *)l->keys + place, size);
-    NAMED(keep_head)(value, (NUMBER *)l->values + place, size);
-    for (long h = 0; h < group; h++) NAMED(place_head)(s, query + h * size, l->query_norm, cosines, sines);
-    const long first = l->window && position + 1 > l->window ? position + 1 - l->window : 0;
-    const long count = position + 1 - first, start = place - (count - 1) * size;
-    NAMED(best_product)()(query, size, (const NUMBER *)l->keys + start, size, size, scores, s->columns, group, 0, count);
-    for (long h = 0; h < group; h++) {
-        float *mine = scores + h * s->columns, *mixed = s->given + row * s->given_row + (shared * group + h) * size;
-        const float total = NAMED(softmax)(mine, count, s->scaling);
-        NAMED(best_mixed)()(mine, (const NUMBER *)l->values + start, count, size, mixed);
-        NAMED(weighted)(mixed, total, size);
+    const long first = l->window && position + 1 > l->window ? position + 1 - l->window : 0, count = position + 1 - first;
+    const long start = ((row * s->shared + shared) * s->columns + first) * size, after = start + s->columns * size;
+    NUMBER *keys = (NUMBER *)l->keys + start, *values = (NUMBER *)l->values + start;
+    const int last = row == s->rows - 1 && shared == s->shared - 1;
+    const NUMBER *next = last ? values : (const NUMBER *)l->keys + after;
+    float head[LONGEST];
+    NAMED(take_head)(s, s->keys, shared, row, head);
+    NAMED(place_head)(s, head, l->key_norm, cosines, sines);
+    NAMED(keep_head)(head, keys + (count - 1) * size, size);
+    NAMED(take_head)(s, s->values, shared, row, head);
+    NAMED(keep_head)(head, values + (count - 1) * size, size);
+    for (long h = shared * group; h < (shared + 1) * group; h++) {
+        NAMED(take_head)(s, s->queries, h, row, head);
+        NAMED(place_head)(s, head, l->query_norm, cosines, sines);
+        NAMED(best_scores)()(head, keys, count, size, scores, values);
+        const float share = 1.0f / NAMED(softmax)(scores, count, s->scaling);
+        NAMED(best_mixed)()(scores, values, count, size, head, next);
+        for (long j = 0; j < size; j++) s->given[(h * size + j) * s->side + row] = NAMED(rounded)(head[j] * share);
     }
 }
 
-/* Low-rank states of some layers with the same input, one after the other in a row of `s->low`. */
-static void NAMED(lower)(const step *s, const linear *const *layers, int count, const float *x, long x_row, long thread) {
-    long place = 0;
-    for (int i = 0; i < count; place += layers[i++]->rank) {
-        const long from = layers[i]->rank * thread / s->threads, to = layers[i]->rank * (thread + 1) / s->threads;
-        if (from == to) continue;
-        const linear *a = layers[i];
-        NAMED(best_product)()(x, x_row, a->down, a->width, a->width, s->low + place, s->low_row, s->rows, from, to);
-        for (long m = 0; m < s->rows; m++)
-            for (long q = from; q < to; q++) {
-                float *low = s->low + m * s->low_row + place + q;
-                *low = NAMED(rounded)(*low);
-            }
-    }
-}
-
-/* Layers with the same input, each into its own output. The whole team comes here, after all of the input is there. */
-static void NAMED(project)(const step *s, const linear *const *layers, int count, float *const *outs, const float *x, long x_row,
-                           long thread) {
+/* Layers with the same input, each into its own output. The whole team comes here once all of the input is there. */
+static void NAMED(project)(const step *s, const linear *const *layers, int count, float *const *outs, const float *x, long thread) {
     long ranks = 0, place = 0;
-    for (int i = 0; i < count; i++) ranks += layers[i]->rank;
-    if (ranks) {
-        NAMED(lower)(s, layers, count, x, x_row, thread);
-#pragma omp barrier
+    for (int i = 0; i < count; place += layers[i++]->rank) {
+        const long rank = layers[i]->rank, from = rank * thread / s->threads, to = rank * (thread + 1) / s->threads;
+        float *low = s->low + place * s->side;
+        if (from < to) NAMED(best_product)()(x, s->side, layers[i]->down, layers[i]->width, low, from, to, 0);
+        NAMED(round_all)(low + from * s->side, (to - from) * s->side);
+        ranks += rank;
     }
     const uint32_t *packed =
-        NAMED(packed_rows)(x, x_row, s->rows, layers[0]->width, (uint32_t *)(s->packed + thread * s->packed_row));
+        NAMED(packed_rows)(x, s->side, layers[0]->width, (uint32_t *)(s->packed + thread * s->packed_row));
+    if (ranks) {
+#pragma omp barrier
+    }
+    place = 0;
     for (int i = 0; i < count; place += layers[i++]->rank) {
         const linear *w = layers[i];
         const long from = share(w->features, thread, s->threads), to = share(w->features, thread + 1, s->threads);
-        NAMED(multiply)(x, x_row, packed, w->weight, w->width, outs[i], w->features, s->rows, from, to);
-        NAMED(finish)(w, s->low + place, s->low_row, outs[i], w->features, s->rows, from, to);
+        NAMED(multiply)(w, x, packed, outs[i], s->side, from, to);
+        if (!w->rank) continue;
+        NAMED(best_product)()(s->low + place * s->side, s->side, w->up, w->rank, outs[i], from, to, 1);
+        NAMED(round_all)(outs[i] + from * s->side, (to - from) * s->side);
     }
 }
 
 static void NAMED(decode_layer)(const step *s, const layer *l, long thread) {
-    const long some = s->rows * thread / s->threads, more = s->rows * (thread + 1) / s->threads, pairs = s->rows * s->shared;
-    const long from = share(s->hidden, thread, s->threads), to = share(s->hidden, thread + 1, s->threads);
-    const long inner = l->gate.features;
-    NAMED(normed_rows)(s, l->first_norm, s->given, s->given_row, some, more);
+    const long threads = s->threads, pairs = s->rows * s->shared, inner = l->gate.features;
+    const long from = share(s->hidden, thread, threads), to = share(s->hidden, thread + 1, threads);
+    const long begin = share(inner, thread, threads), end = share(inner, thread + 1, threads);
+    NAMED(normed)(s, l->first_norm, s->given, from, to);
 #pragma omp barrier
     NAMED(project)(s, (const linear *const[]){&l->query, &l->key, &l->value}, 3,
-                   (float *const[]){s->queries, s->keys, s->values}, s->given, s->given_row, thread);
+                   (float *const[]){s->queries, s->keys, s->values}, s->given, thread);
 #pragma omp barrier
-    for (long pair = pairs * thread / s->threads; pair < pairs * (thread + 1) / s->threads; pair++)
+    for (long pair = pairs * thread / threads; pair < pairs * (thread + 1) / threads; pair++)
         NAMED(attend)(s, l, pair / s->shared, pair % s->shared, s->scores + thread * s->scores_row);
 #pragma omp barrier
-    NAMED(project)(s, (const linear *const[]){&l->out}, 1, (float *const[]){s->queries}, s->given, s->given_row, thread);
-    NAMED(add_to_states)(s, s->queries, s->hidden, from, to);
+    NAMED(project)(s, (const linear *const[]){&l->out}, 1, (float *const[]){s->queries}, s->given, thread);
+    NAMED(add_to_states)(s, s->queries, from, to);
 #pragma omp barrier
-    NAMED(normed_rows)(s, l->second_norm, s->given, s->given_row, some, more);
+    NAMED(normed)(s, l->second_norm, s->given, from, to);
 #pragma omp barrier
-    NAMED(project)(s, (const linear *const[]){&l->gate, &l->up}, 2, (float *const[]){s->gates, s->ups}, s->given, s->given_row,
-                   thread);
-    NAMED(gate_rows)(s->gates, s->ups, s->gates, inner, s->rows, share(inner, thread, s->threads),
-                     share(inner, thread + 1, s->threads));
+    NAMED(project)(s, (const linear *const[]){&l->gate, &l->up}, 2, (float *const[]){s->gates, s->ups}, s->given, thread);
+    NAMED(gate_all)(s->gates + begin * s->side, s->ups + begin * s->side, (end - begin) * s->side);
 #pragma omp barrier
-    NAMED(project)(s, (const linear *const[]){&l->down}, 1, (float *const[]){s->queries}, s->gates, inner, thread);
-    NAMED(add_to_states)(s, s->queries, s->hidden, from, to);
+    NAMED(project)(s, (const linear *const[]){&l->down}, 1, (float *const[]){s->queries}, s->gates, thread);
+    NAMED(add_to_states)(s, s->queries, from, to);
 #pragma omp barrier
 }
 
@@ -171,9 +160,9 @@ void NAMED(decode)(const step *asked, const layer *layers) {
     {
         step own = *asked;
         own.threads = omp_get_num_threads();
-        const long thread = omp_get_thread_num(), rows = own.rows;
+        const long thread = omp_get_thread_num();
         for (long i = 0; i < own.layers; i++) NAMED(decode_layer)(&own, layers + i, thread);
-        NAMED(normed_rows)(&own, own.last_norm, own.given, own.given_row, rows * thread / own.threads,
-                           rows * (thread + 1) / own.threads);
+        NAMED(normed)(&own, own.last_norm, own.given, share(own.hidden, thread, own.threads),
+                      share(own.hidden, thread + 1, own.threads));
     }
 }

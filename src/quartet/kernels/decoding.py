@@ -13,11 +13,11 @@ from torch import Tensor
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
 
 FEW = 128
-"""Rows up to which a kernel that reads weights once beats the libraries' products, or nearly (measured on the CPU)."""
-BLOCK = 16
-"""Rows that are packed together."""
-APART = 16
-"""Numbers between rows whose width is a power of two, so that they do not meet in the same places of a cache."""
+"""Most rows (`MOST` in few_rows.h)."""
+LONGEST = 512
+"""Most numbers of a head (`LONGEST` in few_rows.h)."""
+SIDE = 16
+"""Rows are filled up to a multiple of so many (`SIDE` in few_rows.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Linear:
     down: Tensor | None = None
     """A, `[r, in]`, in the weight's dtype."""
     up: Tensor | None = None
-    """B^T with the adapter's scale in it, `[r, out]`, in the weight's dtype."""
+    """B with the adapter's scale in it, `[out, r]`, in the weight's dtype."""
 
     def fits(self) -> bool:
         """Whether there are kernels for these tensors."""
@@ -43,8 +43,12 @@ class Linear:
     def words(self) -> list[int]:
         """As the kernels know it (`linear` in few_rows.h)."""
         tensors = (self.weight, self.bias, self.down, self.up)
-        rank = 0 if self.down is None else len(self.down)
-        return [0 if t is None else t.data_ptr() for t in tensors] + [*self.weight.shape, rank]
+        return [0 if t is None else t.data_ptr() for t in tensors] + [*self.weight.shape, self.rank]
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 without one."""
+        return 0 if self.down is None else len(self.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,10 @@ class Layer:
     window: int | None
     """Tokens that attention looks at; None for all."""
 
+    def groups(self) -> list[list[Linear]]:
+        """The linear layers with the same input."""
+        return [[self.query, self.key, self.value], [self.out], [self.gate, self.up], [self.down]]
+
     def words(self) -> list[int]:
         """As the kernels know it (`layer` in few_rows.h)."""
         found: list[int] = []
@@ -80,8 +88,8 @@ class Layer:
         return found
 
 
-_WHOLE = ("layers", "rows", "hidden", "heads", "shared", "size", "columns", "threads", "narrow")
-_STRIDES = ("given_row", "low_row", "scores_row", "packed_row")
+_WHOLE = ("layers", "rows", "side", "hidden", "heads", "shared", "size", "columns", "threads", "narrow")
+_STRIDES = ("scores_row", "packed_row")
 _ROOMS = ("states", "given", "queries", "keys", "values", "gates", "ups", "low", "scores", "packed")
 _GIVEN = ("cosines", "sines", "last_norm", "positions")
 
@@ -115,7 +123,7 @@ class Decoding:
         self._kept = layers, last_norm  # what the tables point to
         self._table = torch.tensor([layer.words() for layer in layers])
         self._threads = 0
-        self._room = last_norm.new_empty(0)
+        self._rooms: dict[str, Tensor] = {}
         rows, shared, columns, size = first.keys.shape
         self._step = _Step(
             layers=len(layers), rows=rows, hidden=len(last_norm), heads=heads, shared=shared, size=size,
@@ -135,47 +143,52 @@ class Decoding:
             Float32 `[n, hidden]` after the last norm.
         """
         step, rows = self._step, len(states)
+        step.rows, step.side = rows, filled_up(rows)
         self._make_room(torch.get_num_threads())
-        step.rows = rows
-        self._states[:rows] = states
+        given = self._side_by_side("states")
+        given[:, :rows], given[:, rows:] = states.t(), 0.0
         step.cosines, step.sines, step.positions = cosines.data_ptr(), sines.data_ptr(), positions.data_ptr()
         self._function(ctypes.addressof(step), self._table.data_ptr())
-        return self._given[:rows, : step.hidden].clone()
+        return self._side_by_side("given")[:, :rows].t().contiguous()
+
+    def _side_by_side(self, name: str) -> Tensor:
+        """States `[hidden, side]` in a room."""
+        step = self._step
+        return self._rooms[name][: step.hidden * step.side].view(step.hidden, step.side)
 
     def _make_room(self, threads: int) -> None:
         """Memory that every step uses again, for all rows of the cache."""
         if threads == self._threads:
             return
-        step, (layers, _) = self._step, self._kept
-        rows, first = layers[0].keys.shape[0], layers[0]
-        linears = [[l.query, l.key, l.value] for l in layers] + [[l.gate, l.up] for l in layers]
-        linears += [[one] for l in layers for one in (l.out, l.down)]
-        ranks = max(sum(0 if one.down is None else len(one.down) for one in group) for group in linears)
-        widest = max(one.weight.shape[1] for group in linears for one in group)
+        step, layers = self._step, self._kept[0]
+        first, side = layers[0], filled_up(layers[0].keys.shape[0])
+        inputs = [group for one in layers for group in one.groups()]
         mixed, inner = step.heads * step.size, len(first.gate.weight)
-        step.threads, step.low_row = threads, max(ranks, 1)
-        step.given_row = max(step.hidden, mixed) + APART
-        step.scores_row = step.heads // step.shared * step.columns
-        step.packed_row = -(-rows // BLOCK) * BLOCK * widest // 2
+        step.scores_row = step.columns + SIDE
+        step.packed_row = side * max(group[0].weight.shape[1] for group in inputs) // 2
         sizes = {
-            "states": rows * step.hidden,
-            "given": rows * step.given_row,
-            "queries": rows * max(step.hidden, mixed),
-            "keys": rows * step.shared * step.size,
-            "values": rows * step.shared * step.size,
-            "gates": rows * inner,
-            "ups": rows * inner,
-            "low": rows * step.low_row,
+            "states": side * step.hidden,
+            "given": side * max(step.hidden, mixed),
+            "queries": side * max(step.hidden, mixed),
+            "keys": side * step.shared * step.size,
+            "values": side * step.shared * step.size,
+            "gates": side * inner,
+            "ups": side * inner,
+            "low": side * max(sum(one.rank for one in group) for group in inputs),
             "scores": threads * step.scores_row,
             "packed": threads * step.packed_row if first.query.weight.dtype == torch.bfloat16 else 0,
         }
-        self._room = torch.empty(sum(sizes.values()))
-        rooms = dict(zip(sizes, self._room.split(list(sizes.values())), strict=True))
-        for name, room in rooms.items():
+        # Zeros: of rows that only fill up, something finite is computed.
+        whole = torch.zeros(sum(sizes.values()))
+        self._rooms = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
+        for name, room in self._rooms.items():
             setattr(step, name, room.data_ptr())
-        self._states = rooms["states"].view(rows, -1)
-        self._given = rooms["given"].view(rows, -1)
-        self._threads = threads
+        step.threads = self._threads = threads
+
+
+def filled_up(rows: int) -> int:
+    """The rows that are computed for so many."""
+    return -(-rows // SIDE) * SIDE
 
 
 def decodes(dtype: torch.dtype) -> bool:
@@ -193,9 +206,10 @@ def few_rows(states: Tensor, layer: Linear) -> Tensor:
     features, width = weight.shape
     rows = states.numel() // width
     given = states.reshape(rows, width).to(weight.dtype).float().contiguous()
-    out = given.new_empty(*states.shape[:-1], features)
-    room = given.new_empty(threads * -(-rows // BLOCK) * BLOCK * width // 2 if weight.dtype == torch.bfloat16 else 0)
+    out = given.new_empty(*states.shape[:-1], features, dtype=weight.dtype)
+    packed = threads if weight.dtype == torch.bfloat16 else 0
+    room = given.new_empty((1 + packed) * filled_up(rows) * width)
     function: Any = kernel(f"few_rows_{DTYPES[weight.dtype]}")
     pointers = [0 if t is None else t.data_ptr() for t in (given, weight, bias, out, room)]
     function(*pointers, rows, width, features, threads)
-    return out.to(weight.dtype)
+    return out

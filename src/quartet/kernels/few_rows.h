@@ -4,14 +4,17 @@ extern int omp_get_thread_num(void);
 extern int omp_get_num_threads(void);
 
 enum {
-    LINE = 64,      /* bytes of a cache line */
-    FEATURES = 32,  /* of a weight that are multiplied with all rows before the next come (of 8 to 128 the fastest, or nearly) */
-    STRETCH = 1024, /* numbers of a row at once: a tile's rows stay in the first cache */
-    SHORT = 64,     /* features of a low-rank product whose sums stay in registers */
+    LINE = 64,     /* bytes of a cache line */
+    SIDE = 16,     /* rows are filled up to a multiple of so many */
+    STEP = 16,     /* numbers of a row between two requests for weights that come next */
+    STRETCH = 256, /* numbers of a row whose weights are widened at once */
+    SOME = 48,     /* features whose results wait for their place in a row */
+    LONGEST = 512, /* numbers of a head */
+    MOST = 128,    /* rows */
 };
 
-/* A linear layer with an adapter of some rank, or of none: x W^T + b + (x A^T) B^T. W and A hold a feature in a row, `up` is
- * B^T with the adapter's scale in it; W, A and B are of the weights' dtype, b is float32 or null. */
+/* A linear layer with an adapter of some rank, or of none: x W^T + b + (x A^T) B^T. All hold a feature in a row; B
+ * has the adapter's scale in it. W, A and B are of the weights' dtype, b is float32 or null. */
 typedef struct {
     const void *weight, *bias, *down, *up;
     long features, width, rank;
@@ -25,10 +28,11 @@ typedef struct {
     long window;
 } layer;
 
-/* Tensors of a step are float32 and one row's numbers lie side by side; positions are int64. */
+/* What the layers hand on is float32, `[numbers of a row][side]`, with the rows side by side and filled up to `side`; cosines and
+ * sines are float32, `[rows, size]`; positions are int64. */
 typedef struct {
-    long layers, rows, hidden, heads, shared, size, columns, threads, narrow;
-    long given_row, low_row, scores_row, packed_row; /* numbers from one row (or thread) to the next */
+    long layers, rows, side, hidden, heads, shared, size, columns, threads, narrow;
+    long scores_row, packed_row; /* numbers of each thread's room */
     float *states, *given, *queries, *keys, *values, *gates, *ups, *low, *scores, *packed;
     const float *cosines, *sines, *last_norm;
     const long *positions;
@@ -37,5 +41,5 @@ typedef struct {
 
 /* Where a thread's part of some features begins. */
 static long share(long features, long thread, long threads) {
-    return thread == threads ? features : features * thread / threads / 16 * 16;
+    return thread == threads ? features : features * thread / threads / SIDE * SIDE;
 }

@@ -2,14 +2,14 @@
  *
  *   SUITED(name)      a name of its own
  *   TARGET            what tells the compiler of it
- *   LANES, TILE_ROWS  numbers in a vector, and rows of a tile
+ *   LANES, TILE        numbers in a vector, and features of a tile: its sums stay in registers
  *   EVEN, ODD         every second number of a pair of vectors
  */
 #ifdef GENERATIONS
 #define SUITED(name) JOIN(name, _v4)
 #define TARGET __attribute__((target("arch=x86-64-v4")))
 #define LANES 16
-#define TILE_ROWS 4
+#define TILE 12
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #ifndef LANES_KNOWN
@@ -19,14 +19,14 @@
 #undef SUITED
 #undef TARGET
 #undef LANES
-#undef TILE_ROWS
+#undef TILE
 #undef EVEN
 #undef ODD
 
 #define SUITED(name) JOIN(name, _v3)
 #define TARGET __attribute__((target("arch=x86-64-v3")))
 #define LANES 8
-#define TILE_ROWS 4
+#define TILE 6
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #ifndef LANES_KNOWN
@@ -36,7 +36,7 @@
 #undef SUITED
 #undef TARGET
 #undef LANES
-#undef TILE_ROWS
+#undef TILE
 #undef EVEN
 #undef ODD
 #endif
@@ -44,7 +44,7 @@
 #define SUITED(name) JOIN(name, _any)
 #define TARGET
 #define LANES 4
-#define TILE_ROWS 2
+#define TILE 6
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #ifndef LANES_KNOWN
@@ -54,7 +54,7 @@
 #undef SUITED
 #undef TARGET
 #undef LANES
-#undef TILE_ROWS
+#undef TILE
 #undef EVEN
 #undef ODD
 

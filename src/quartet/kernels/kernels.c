@@ -88,10 +88,12 @@ INLINE float sigmoid(float x) {
 #define is_v3() __builtin_cpu_supports("x86-64-v3")
 #ifdef __linux__
 #define TILES
-#include "amx.h"
 #endif
 #endif
 #include "few_rows.h"
+#ifdef TILES
+#include "amx.h"
+#endif
 
 /* A hash of the files that this was compiled from. */
 const char *built_from(void) { return BUILT_FROM; }

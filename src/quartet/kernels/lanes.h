@@ -9,6 +9,8 @@ INLINE SUITED(lanes) SUITED(load_f32)(const float *p) { return *(const SUITED(gi
 INLINE SUITED(lanes) SUITED(load_bf16)(const bf16 *p) {
     return (SUITED(lanes))(__builtin_convertvector(*(const SUITED(narrow) *)p, SUITED(wide)) << 16);
 }
+INLINE void SUITED(store)(float *p, SUITED(lanes) numbers) { *(SUITED(given) *)p = numbers; }
+
 /* Sums of neighbours: those of the first vector, then those of the second. */
 INLINE SUITED(lanes) SUITED(neighbours)(SUITED(lanes) a, SUITED(lanes) b) {
 #ifdef __clang__
@@ -16,4 +18,45 @@ INLINE SUITED(lanes) SUITED(neighbours)(SUITED(lanes) a, SUITED(lanes) b) {
 #else
     return __builtin_shuffle(a, b, (SUITED(wide)){EVEN}) + __builtin_shuffle(a, b, (SUITED(wide)){ODD});
 #endif
+}
+
+/* out[n][m] = sum_k w[n][k] x[k][m] for some features n and one or two vectors of rows m. The weights that come `next`, `size`
+ * bytes each, are asked for meanwhile. */
+TARGET INLINE void SUITED(tile)(const int features, const int vectors, const float *x, long rows, const float *w, long w_row,
+                                long width, float *out, int add, const char *next, long next_row, long size) {
+    SUITED(lanes) sum[2 * TILE];
+#pragma GCC unroll 24
+    for (int i = 0; i < features * vectors; i++) sum[i] = (SUITED(lanes)){0};
+    const float *second = w + (features > 4 ? 4 : 0) * w_row, *third = w + (features > 8 ? 8 : 0) * w_row;
+    for (long start = 0; start < width; start += STEP) {
+        const long end = start + STEP < width ? start + STEP : width;
+        for (long n = 0; n < features; n++) __builtin_prefetch(next + n * next_row + start * size, 0, 3);
+        for (long k = start; k < end; k++) {
+            SUITED(lanes) row[2];
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) row[v] = SUITED(load_f32)(x + k * rows + v * LANES);
+#pragma GCC unroll 12
+            for (int n = 0; n < features; n++) {
+                const float weight = n < 4 ? w[n * w_row + k] : n < 8 ? second[(n - 4) * w_row + k] : third[(n - 8) * w_row + k];
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; v++) sum[n * vectors + v] += row[v] * weight;
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int n = 0; n < features; n++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            float *o = out + n * rows + v * LANES;
+            SUITED(store)(o, add ? sum[n * vectors + v] + SUITED(load_f32)(o) : sum[n * vectors + v]);
+        }
+}
+
+/* All rows, whose number is a multiple of LANES. */
+TARGET INLINE void SUITED(tiles)(const int features, const float *x, long rows, const float *w, long w_row, long width, float *out,
+                                 int add, const char *next, long next_row, long size) {
+    long m = 0;
+    for (; m + 2 * LANES <= rows; m += 2 * LANES)
+        SUITED(tile)(features, 2, x + m, rows, w, w_row, width, out + m, add, next, next_row, size);
+    if (m < rows) SUITED(tile)(features, 1, x + m, rows, w, w_row, width, out + m, add, next, next_row, size);
 }

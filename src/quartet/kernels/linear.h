@@ -1,99 +1,85 @@
-/* Linear layers on few rows, shared by the threads of a team: included for each dtype of weights. */
+/* Linear layers on few rows that lie side by side, shared by the threads of a team: included for each dtype of weights. */
 
-typedef void (*NAMED(product_function))(const float *, long, const NUMBER *, long, long, float *, long, long, long, long);
-typedef void (*NAMED(mixed_function))(const float *, const NUMBER *, long, long, float *);
+typedef void (*NAMED(product_function))(const float *, long, const NUMBER *, long, float *, long, long, int);
+typedef void (*NAMED(cache_function))(const float *, const NUMBER *, long, long, float *, const NUMBER *);
 
 /* The kernels for this processor. */
-static NAMED(product_function) NAMED(best_product)(void) {
 #ifdef GENERATIONS
-    if (is_v4()) return JOIN(NAMED(product), _v4);
-    if (is_v3()) return JOIN(NAMED(product), _v3);
+#define BEST(kernel) (is_v4() ? JOIN(NAMED(kernel), _v4) : is_v3() ? JOIN(NAMED(kernel), _v3) : JOIN(NAMED(kernel), _any))
+#else
+#define BEST(kernel) JOIN(NAMED(kernel), _any)
 #endif
-    return JOIN(NAMED(product), _any);
-}
-static NAMED(mixed_function) NAMED(best_mixed)(void) {
-#ifdef GENERATIONS
-    if (is_v4()) return JOIN(NAMED(mixed), _v4);
-    if (is_v3()) return JOIN(NAMED(mixed), _v3);
-#endif
-    return JOIN(NAMED(mixed), _any);
-}
+static NAMED(product_function) NAMED(best_product)(void) { return BEST(product); }
+static NAMED(cache_function) NAMED(best_scores)(void) { return BEST(scores); }
+static NAMED(cache_function) NAMED(best_mixed)(void) { return BEST(mixed); }
+#undef BEST
 
-/* A layer's result in its own dtype. */
+/* A number as its dtype holds it. */
 INLINE float NAMED(rounded)(float f) {
     NUMBER room;
     STORE(&room, f);
     return LOAD(&room);
 }
 
-/* out = x W^T for a thread's features. `packed`: the rows as tiles take them, or null. */
-static void NAMED(multiply)(const float *x, long x_row, const uint32_t *packed, const NUMBER *w, long width, float *out,
-                            long out_row, long rows, long from, long to) {
-    long done = from;
-#ifdef TILES
-    if (packed && sizeof(NUMBER) == sizeof(bf16)) {
-        done = from + (to - from) / 16 * 16;
-        product_by_tiles(packed, (const bf16 *)w, width, out, out_row, rows, from, done);
-    }
-#else
-    (void)packed;
-#endif
-    NAMED(best_product)()(x, x_row, w, width, width, out, out_row, rows, done, to);
+CLONES static void NAMED(round_all)(float *numbers, long count) {
+    if (sizeof(NUMBER) == sizeof(float)) return;
+#pragma omp simd
+    for (long i = 0; i < count; i++) numbers[i] = NAMED(rounded)(numbers[i]);
 }
 
-/* The rows as tiles take them, in a thread's room; null where tiles do not multiply them. */
-static const uint32_t *NAMED(packed_rows)(const float *x, long x_row, long rows, long width, uint32_t *room) {
+CLONES static void NAMED(add_bias)(const float *bias, float *out, long rows, long features) {
+    for (long n = 0; n < features; n++) {
+#pragma omp simd
+        for (long m = 0; m < rows; m++) out[n * rows + m] += bias[n];
+    }
+}
+
+/* Rows as tiles take them, in a thread's room; null where they are not multiplied by tiles. */
+static const uint32_t *NAMED(packed_rows)(const float *x, long rows, long width, uint32_t *room) {
 #ifdef TILES
-    if (sizeof(NUMBER) == sizeof(bf16) && width % 32 == 0 && has_tiles()) {
-        pack_rows(x, x_row, rows, width, room);
+    if (sizeof(NUMBER) == sizeof(bf16) && width % DEPTH == 0 && has_tiles()) {
+        pack_rows(x, rows, width, room);
         return room;
     }
 #endif
+    (void)x, (void)rows, (void)width, (void)room;
     return 0;
 }
 
-/* Bias and adapter, each sum rounded as the library's operations round it: `low` is x A^T, `[rows, rank]`, and `up` is B^T. */
-CLONES static void NAMED(finish)(const linear *layer, const float *low, long low_row, float *out, long out_row, long rows,
-                                 long from, long to) {
-    const float *bias = layer->bias;
-    const NUMBER *up = layer->up;
-    for (long m = 0; m < rows; m++) {
-        float *o = out + m * out_row;
-        if (bias) {
-#pragma omp simd
-            for (long n = from; n < to; n++) o[n] = NAMED(rounded)(o[n] + bias[n]);
-        } else if (sizeof(NUMBER) < sizeof(float)) {
-#pragma omp simd
-            for (long n = from; n < to; n++) o[n] = NAMED(rounded)(o[n]);
-        }
-        for (long first = from; layer->rank && first < to; first += SHORT) {
-            const long some = to - first < SHORT ? to - first : SHORT;
-            float sum[SHORT] = {0};
-            for (long q = 0; q < layer->rank; q++) {
-                const float by = low[m * low_row + q];
-                const NUMBER *u = up + q * layer->features + first;
-                if (some == SHORT) {
-#pragma omp simd
-                    for (long n = 0; n < SHORT; n++) sum[n] += by * LOAD(u + n);
-                } else
-                    for (long n = 0; n < some; n++) sum[n] += by * LOAD(u + n);
-            }
-            for (long n = 0; n < some; n++) o[first + n] = NAMED(rounded)(o[first + n] + sum[n]);
-        }
+/* x W^T + b for a thread's features, rounded. */
+static void NAMED(multiply)(const linear *layer, const float *x, const uint32_t *packed, float *out, long rows, long from, long to) {
+    long done = from;
+#ifdef TILES
+    if (packed) {
+        done += (to - from) / SIDE * SIDE;
+        product_by_tiles(packed, rows, (const bf16 *)layer->weight, layer->width, out, from, done);
     }
+#endif
+    (void)packed;
+    NAMED(best_product)()(x, rows, layer->weight, layer->width, out, done, to, 0);
+    if (layer->bias) NAMED(add_bias)((const float *)layer->bias + from, out + from * rows, rows, to - from);
+    NAMED(round_all)(out + from * rows, rows * (to - from));
 }
 
-/* `[rows, width]` float32 by one layer, `[rows, features]` float32: `x W^T + b`. `room`: `threads` times the rows packed. */
-void NAMED(few_rows)(const float *x, const NUMBER *weight, const float *bias, float *out, uint32_t *room, long rows, long width,
+/* `[rows, width]` float32 by a layer without an adapter: `[rows, features]` in its dtype. `room`: for the rows, filled up, side by
+ * side, and once more for each thread. */
+void NAMED(few_rows)(const float *x, const NUMBER *weight, const float *bias, NUMBER *out, float *room, long rows, long width,
                      long features, long threads) {
-    const linear layer = {.weight = weight, .bias = bias, .features = features, .width = width};
-    const long packed_row = (rows + 15) / 16 * 16 * width / 2;
+    const long side = (rows + SIDE - 1) / SIDE * SIDE;
+    for (long m = 0; m < side; m++)
+        for (long k = 0; k < width; k++) room[k * side + m] = m < rows ? x[m * width + k] : 0.0f;
     if (rows * width * features < LEAST) threads = 1;
 #pragma omp parallel for schedule(static) num_threads((int)threads)
     for (long thread = 0; thread < threads; thread++) {
-        long from = share(features, thread, threads), to = share(features, thread + 1, threads);
-        const uint32_t *packed = NAMED(packed_rows)(x, width, rows, width, room + thread * packed_row);
-        NAMED(multiply)(x, width, packed, weight, width, out, features, rows, from, to);
-        NAMED(finish)(&layer, 0, 0, out, features, rows, from, to);
+        const long from = share(features, thread, threads), to = share(features, thread + 1, threads);
+        const uint32_t *packed = NAMED(packed_rows)(room, side, width, (uint32_t *)(room + (1 + thread) * side * width));
+        float found[SOME * MOST];
+        for (long first = from; first < to; first += SOME) {
+            const long some = to - first < SOME ? to - first : SOME;
+            const linear part = {.weight = weight + first * width, .bias = bias ? bias + first : 0, .width = width};
+            NAMED(multiply)(&part, room, packed, found, side, 0, some);
+            for (long m = 0; m < rows; m++)
+                for (long n = 0; n < some; n++) STORE(out + m * features + first + n, found[n * side + m]);
+        }
     }
 }

@@ -168,7 +168,7 @@ def _layer(layer: Any, pattern: Pattern, cache: Any, dtype: torch.dtype) -> kern
     found = [linear for linear in linears if linear is not None]
     if len(found) < len(linears) or not all(NORM.describes(norm) for norm in norms) or cache.keys.dtype != dtype:
         return None
-    if cache.keys.shape != cache.values.shape or cache.keys.shape[-1] % 2:
+    if cache.keys.shape != cache.values.shape or cache.keys.shape[-1] % 2 or cache.keys.shape[-1] > kernels.LONGEST:
         return None
     weights = [_float(norm) for norm in norms]
     of_heads = (weights[2], weights[3]) if normed else (None, None)

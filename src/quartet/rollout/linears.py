@@ -97,13 +97,13 @@ class WithAdapter:
             low: A.
             high: B, the adapter's scale in it.
         """
-        self.base, self.low = base, low
-        self.down, self.up = upright(low), upright(high)
+        self.base, self.low, self.high = base, low, high.contiguous()
+        self._down, self._up = upright(low), upright(high)
 
     def __call__(self, states: Tensor) -> Tensor:
         """Of states `[..., in]`."""
         result: Tensor = self.base(states)
-        add_upright(result, states, self.down, self.up, 1.0)
+        add_upright(result, states, self._down, self._up, 1.0)
         return result
 
 
@@ -115,7 +115,7 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
         found = forward.layer
     elif isinstance(forward, WithAdapter):
         base = linear_of(forward.base, dtype)
-        found = None if base is None else kernels.Linear(base.weight, base.bias, forward.low, forward.up)
+        found = None if base is None else kernels.Linear(base.weight, base.bias, forward.low, forward.high)
     elif forward is None and type(module) in (nn.Linear, FastLinear):
         weight, bias = module.weight, module.bias
         if _is_here(weight) and weight.dtype == dtype:
