@@ -62,13 +62,22 @@ def tiny_run(library: Any, tmp_path: Path) -> TinyRun:
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def computed_by(request: pytest.FixtureRequest) -> str:
     """A test runs twice: with the compiled kernels, where there are some, and without."""
     from quartet.kernels import elementwise
 
     by: str = request.param
     if by == "torch":
-        monkeypatch.setattr(elementwise, "kernel", lambda _: None)
+        request.getfixturevalue("without_kernels")
     elif elementwise.kernel("silu_product_f32") is None:
         pytest.skip("no kernels: no compiler was there at installation")
     return by
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no compiler was there at installation."""
+    from quartet.kernels import decoding, drawing, elementwise
+
+    for module in (decoding, drawing, elementwise):
+        monkeypatch.setattr(module, "kernel", lambda _: None)

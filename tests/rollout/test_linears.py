@@ -119,7 +119,9 @@ def test_weights_are_only_read() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("on", ["one", "two"])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
-def test_merged_layers_give_the_same_with_one_product(dtype: torch.dtype, on: str, held: torch.dtype) -> None:
+def test_merged_layers_give_the_same_with_one_product(
+    dtype: torch.dtype, on: str, held: torch.dtype, computed_by: str
+) -> None:
     """Against the layer in float64; what is rounded once more is the sum of weight and adapter."""
     model = make("one", "two")
     for layer in (model.up, model.small):
@@ -142,7 +144,7 @@ def test_merged_layers_give_the_same_with_one_product(dtype: torch.dtype, on: st
         with counter:
             found = model(states)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 == held else 0.2)
-    assert counter.count == 4  # one for each layer
+    assert counter.count == (4 if computed_by == "torch" else 1)  # one for each layer, three of which a kernel computes
     assert replaced(model) == set()
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0]

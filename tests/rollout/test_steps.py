@@ -22,7 +22,7 @@ from rollout_policies import FAMILIES, make_policy, make_prompts, settings, with
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _as_on_a_gpu(without_kernels: None) -> None:
     torch.set_num_threads(1)
 
 

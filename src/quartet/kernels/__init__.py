@@ -1,11 +1,11 @@
-"""Passes on a CPU that walk over memory once, compiled from C where a compiler was there at installation: layers of training, and
-decoding steps.
+"""Layers of training and decoding steps on a CPU, compiled from C where a compiler was there at installation.
 
 A function says False or gives None where the kernels are not there or do not fit its tensors: the caller then computes with
 torch's operations.
 """
 
 from quartet.kernels.decoding import FEW, LONGEST, Decoding, Layer, Linear, decodes, few_rows
+from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Layer",
     "Linear",
     "decodes",
+    "draw",
     "few_rows",
     "rms_norm",
     "rms_norm_gradient",

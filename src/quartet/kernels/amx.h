@@ -38,6 +38,7 @@ __attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const 
     _tile_loadconfig(&tiles);
     for (long n = from; n < to; n += 2 * SIDE) {
         const int more = n + SIDE < to;
+        const long ahead = to - n < 4 * SIDE ? to - n : 4 * SIDE; /* features that are asked for before they are needed */
         const bf16 *first = w + n * width, *second = more ? first + SIDE * width : first;
         for (long m = 0; m < rows; m += 2 * SIDE) {
             const int both = m + SIDE < rows;
@@ -48,6 +49,7 @@ __attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const 
             _tile_zero(2);
             _tile_zero(3);
             for (long k = 0; k < width; k += DEPTH) {
+                for (long i = 2 * SIDE; i < ahead; i++) __builtin_prefetch(first + i * width + k, 0, 3);
                 _tile_loadd(4, first + k, width * 2);
                 _tile_loadd(6, left + k * SIDE / 2, 4 * SIDE);
                 _tile_dpbf16ps(0, 4, 6);

@@ -81,12 +81,11 @@ CLONES static float NAMED(softmax)(float *scores, long count, float scaling) {
 /* Attention of a row's new token under one key head: keeps its key and value, and looks at what its layer lets it. */
 static void NAMED(attend)(const step *s, const layer *l, long row, long shared, float *scores) {
     const long group = s->heads / s->shared, size = s->size, position = s->positions[row];
-    const float *cosines = s->cosines + row * size, *sines = s->sines + row * size;
+    const float *cosines = s->cosines + position * size, *sines = s->sines + position * size;
     const long first = l->window && position + 1 > l->window ? position + 1 - l->window : 0, count = position + 1 - first;
-    const long start = ((row * s->shared + shared) * s->columns + first) * size, after = start + s->columns * size;
+    const long start = ((row * s->shared + shared) * s->columns + first) * size;
     NUMBER *keys = (NUMBER *)l->keys + start, *values = (NUMBER *)l->values + start;
-    const int last = row == s->rows - 1 && shared == s->shared - 1;
-    const NUMBER *next = last ? values : (const NUMBER *)l->keys + after;
+    const NUMBER *next = row + 1 < s->rows ? keys + s->shared * s->columns * size : keys;
     float head[LONGEST];
     NAMED(take_head)(s, s->keys, shared, row, head);
     NAMED(place_head)(s, head, l->key_norm, cosines, sines);
@@ -96,7 +95,7 @@ static void NAMED(attend)(const step *s, const layer *l, long row, long shared, 
     for (long h = shared * group; h < (shared + 1) * group; h++) {
         NAMED(take_head)(s, s->queries, h, row, head);
         NAMED(place_head)(s, head, l->query_norm, cosines, sines);
-        NAMED(best_scores)()(head, keys, count, size, scores, values);
+        NAMED(best_scores)()(head, keys, count, s->columns - first, size, scores, values);
         const float share = 1.0f / NAMED(softmax)(scores, count, s->scaling);
         NAMED(best_mixed)()(scores, values, count, size, head, next);
         for (long j = 0; j < size; j++) s->given[(h * size + j) * s->side + row] = NAMED(rounded)(head[j] * share);
@@ -139,7 +138,7 @@ static void NAMED(decode_layer)(const step *s, const layer *l, long thread) {
                    (float *const[]){s->queries, s->keys, s->values}, s->given, thread);
 #pragma omp barrier
     for (long pair = pairs * thread / threads; pair < pairs * (thread + 1) / threads; pair++)
-        NAMED(attend)(s, l, pair / s->shared, pair % s->shared, s->scores + thread * s->scores_row);
+        NAMED(attend)(s, l, pair % s->rows, pair / s->rows, s->scores + thread * s->scores_row);
 #pragma omp barrier
     NAMED(project)(s, (const linear *const[]){&l->out}, 1, (float *const[]){s->queries}, s->given, thread);
     NAMED(add_to_states)(s, s->queries, from, to);

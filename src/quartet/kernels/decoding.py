@@ -16,6 +16,8 @@ FEW = 128
 """Most rows (`MOST` in few_rows.h)."""
 LONGEST = 512
 """Most numbers of a head (`LONGEST` in few_rows.h)."""
+OF_A_THREAD = 64
+"""Features below which another thread waits more than it computes: half a dozen times a layer all wait for each other."""
 SIDE = 16
 """Rows are filled up to a multiple of so many (`SIDE` in few_rows.h)."""
 
@@ -37,7 +39,9 @@ class Linear:
         """Whether there are kernels for these tensors."""
         given = [t for t in (self.weight, self.down, self.up) if t is not None]
         plain = self.weight.dtype in DTYPES and all(t.is_contiguous() and t.dtype == self.weight.dtype for t in given)
-        floats = self.bias is None or (self.bias.dtype == torch.float32 and self.bias.is_contiguous() and fit(self.bias))
+        floats = self.bias is None or (
+            self.bias.dtype == torch.float32 and self.bias.is_contiguous() and fit(self.bias)
+        )
         return plain and floats and fit(*given) and are_real(*given) and decodes(self.weight.dtype)
 
     def words(self) -> list[int]:
@@ -97,7 +101,7 @@ _GIVEN = ("cosines", "sines", "last_norm", "positions")
 class _Step(ctypes.Structure):
     """`step` in few_rows.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_long) for name in _WHOLE + _STRIDES),
         *((name, ctypes.c_void_p) for name in _ROOMS + _GIVEN),
         ("eps", ctypes.c_float),
@@ -109,18 +113,27 @@ class Decoding:
     """Decoding steps of a transformer of RMS norms, rotary attention and SiLU-gated MLPs over one cache."""
 
     def __init__(
-        self, layers: Sequence[Layer], last_norm: Tensor, *, heads: int, eps: float, scaling: float, narrow: bool
+        self,
+        layers: Sequence[Layer],
+        last_norm: Tensor,
+        angles: tuple[Tensor, Tensor],
+        *,
+        heads: int,
+        eps: float,
+        scaling: float,
+        narrow: bool,
     ) -> None:
         """
         Args:
             last_norm: float32 `[hidden]`.
+            angles: cosines and sines of every position, float32 `[columns, size]`.
             heads: of queries.
             eps: of the norms.
             scaling: of the products of queries and keys.
             narrow: the residual stream is bfloat16, as the weights are.
         """
         first = layers[0]
-        self._kept = layers, last_norm  # what the tables point to
+        self._kept = layers, last_norm, angles  # what the tables point to
         self._table = torch.tensor([layer.words() for layer in layers])
         self._threads = 0
         self._rooms: dict[str, Tensor] = {}
@@ -128,26 +141,26 @@ class Decoding:
         self._step = _Step(
             layers=len(layers), rows=rows, hidden=len(last_norm), heads=heads, shared=shared, size=size,
             columns=columns, narrow=narrow, last_norm=last_norm.data_ptr(), eps=eps, scaling=scaling,
+            cosines=angles[0].data_ptr(), sines=angles[1].data_ptr(),
         )  # fmt: skip
         self._function: Any = kernel(f"decode_{DTYPES[first.query.weight.dtype]}")
 
-    def __call__(self, states: Tensor, positions: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, positions: Tensor) -> Tensor:
         """One token for each of the rows 0 to n - 1 of the cache.
 
         Args:
             states: embeddings `[n, hidden]`.
             positions: int64 `[n]`, tokens that each row holds already.
-            cosines, sines: float32 `[n, size]` of the positions.
 
         Returns:
             Float32 `[n, hidden]` after the last norm.
         """
         step, rows = self._step, len(states)
         step.rows, step.side = rows, filled_up(rows)
-        self._make_room(torch.get_num_threads())
+        self._make_room(max(1, min(torch.get_num_threads(), step.hidden // OF_A_THREAD)))
         given = self._side_by_side("states")
         given[:, :rows], given[:, rows:] = states.t(), 0.0
-        step.cosines, step.sines, step.positions = cosines.data_ptr(), sines.data_ptr(), positions.data_ptr()
+        step.positions = positions.data_ptr()
         self._function(ctypes.addressof(step), self._table.data_ptr())
         return self._side_by_side("given")[:, :rows].t().contiguous()
 

@@ -11,6 +11,7 @@ enum {
     SOME = 48,     /* features whose results wait for their place in a row */
     LONGEST = 512, /* numbers of a head */
     MOST = 128,    /* rows */
+    BLOCK = 128,   /* probabilities that are summed before one is looked for among them */
 };
 
 /* A linear layer with an adapter of some rank, or of none: x W^T + b + (x A^T) B^T. All hold a feature in a row; B
@@ -29,7 +30,7 @@ typedef struct {
 } layer;
 
 /* What the layers hand on is float32, `[numbers of a row][side]`, with the rows side by side and filled up to `side`; cosines and
- * sines are float32, `[rows, size]`; positions are int64. */
+ * sines are float32, `[columns, size]`; positions are int64. */
 typedef struct {
     long layers, rows, side, hidden, heads, shared, size, columns, threads, narrow;
     long scores_row, packed_row; /* numbers of each thread's room */

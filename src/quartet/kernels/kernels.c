@@ -84,9 +84,13 @@ INLINE float sigmoid(float x) {
     } while (0)
 
 #ifdef GENERATIONS
+#ifndef OLDER_THAN_V4 /* to see what older processors compute */
 #define is_v4() __builtin_cpu_supports("x86-64-v4")
+#else
+#define is_v4() 0
+#endif
 #define is_v3() __builtin_cpu_supports("x86-64-v3")
-#ifdef __linux__
+#if defined(__linux__) && !defined(OLDER_THAN_V4)
 #define TILES
 #endif
 #endif
@@ -106,6 +110,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "generations.h"
 #include "linear.h"
 #include "decoding.h"
+#include "drawing.h"
 #define ANGLE float
 #define LOAD_ANGLE load_f32
 #define TURNED(kernel) kernel##_f32_f32
@@ -124,6 +129,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "generations.h"
 #include "linear.h"
 #include "decoding.h"
+#include "drawing.h"
 #define TURNED(kernel) kernel##_bf16_f32
 #include "rotary.h"
 #undef ANGLE

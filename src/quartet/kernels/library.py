@@ -26,10 +26,11 @@ ARGUMENTS = {
     "rotary": 18,
     "few_rows": 9,
     "decode": 2,
+    "draw": 9,
 }
-"""Of each kernel: pointers and whole numbers, `long` all of them, but for one float."""
-EPSILON = 6
-"""The argument of `rms_norm` that is a float."""
+"""Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
+FLOATS = {"rms_norm": 6, "draw": 7}
+"""The argument of a kernel that is a float."""
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Kernels for one of these dtypes are named so."""
 
@@ -45,8 +46,8 @@ def kernel(name: str) -> Callable[..., None] | None:
     function: Any = getattr(library, name)
     bare = re.sub("(_b?f[0-9]+)+$", "", name)
     kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[bare]
-    if bare == "rms_norm":
-        kinds[EPSILON] = ctypes.c_float
+    if bare in FLOATS:
+        kinds[FLOATS[bare]] = ctypes.c_float
     function.argtypes, function.restype = kinds, None
     found: Callable[..., None] = function
     return found

@@ -1,7 +1,8 @@
 /* Linear layers on few rows that lie side by side, shared by the threads of a team: included for each dtype of weights. */
 
 typedef void (*NAMED(product_function))(const float *, long, const NUMBER *, long, float *, long, long, int);
-typedef void (*NAMED(cache_function))(const float *, const NUMBER *, long, long, float *, const NUMBER *);
+typedef void (*NAMED(scores_function))(const float *, const NUMBER *, long, long, long, float *, const NUMBER *);
+typedef void (*NAMED(mixed_function))(const float *, const NUMBER *, long, long, float *, const NUMBER *);
 
 /* The kernels for this processor. */
 #ifdef GENERATIONS
@@ -10,8 +11,8 @@ typedef void (*NAMED(cache_function))(const float *, const NUMBER *, long, long,
 #define BEST(kernel) JOIN(NAMED(kernel), _any)
 #endif
 static NAMED(product_function) NAMED(best_product)(void) { return BEST(product); }
-static NAMED(cache_function) NAMED(best_scores)(void) { return BEST(scores); }
-static NAMED(cache_function) NAMED(best_mixed)(void) { return BEST(mixed); }
+static NAMED(scores_function) NAMED(best_scores)(void) { return BEST(scores); }
+static NAMED(mixed_function) NAMED(best_mixed)(void) { return BEST(mixed); }
 #undef BEST
 
 /* A number as its dtype holds it. */

@@ -43,46 +43,71 @@ TARGET static void SUITED(NAMED(product))(const float *x, long rows, const NUMBE
     for (; n < to; n++) SUITED(NAMED(features))(1, x, rows, w + n * width, width, out + n * rows, add, n + 2 > to);
 }
 
-/* scores[j] = sum_k x[k] w[j][k]; asks for as much of `next` meanwhile. */
-TARGET static void SUITED(NAMED(scores))(const float *x, const NUMBER *w, long count, long width, float *scores,
+/* scores[j] = sum_k x[k] w[j][k]; LANES of them at once, of which there are to be so many. */
+TARGET INLINE void SUITED(NAMED(scores_at_once))(const float *x, const NUMBER *w, long width, float *scores, const NUMBER *next) {
+    SUITED(lanes) sum[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) sum[i] = (SUITED(lanes)){0};
+    for (long k = 0; k + LANES <= width; k += LANES) {
+        const SUITED(lanes) row = SUITED(load_f32)(x + k);
+        const NUMBER *one = w + k;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++, one += width) {
+            __builtin_prefetch(one + (next - w), 0, 3);
+            sum[i] += row * SUITED(NAMED(load))(one);
+        }
+    }
+#pragma GCC unroll 8
+    for (int left = LANES / 2; left > 0; left /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < left; i++) sum[i] = SUITED(neighbours)(sum[2 * i], sum[2 * i + 1]);
+    SUITED(store)(scores, sum[0]);
+    for (long k = width / LANES * LANES; k < width; k++)
+        for (int i = 0; i < LANES; i++) scores[i] += x[k] * LOAD(w + i * width + k);
+}
+
+/* Scores of `count` keys of which `there` lie in memory; asks for as much of `next` meanwhile. Writes up to LANES more. */
+TARGET static void SUITED(NAMED(scores))(const float *x, const NUMBER *w, long count, long there, long width, float *scores,
                                         const NUMBER *next) {
     for (long j = 0; j < count; j += LANES) {
-        SUITED(lanes) sum[LANES];
-        const int some = count - j < LANES ? (int)(count - j) : LANES;
-        for (long byte = 0; byte < some * width * (long)sizeof(NUMBER); byte += LINE)
-            __builtin_prefetch((const char *)(next + j * width) + byte, 0, 3);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            const NUMBER *one = w + (j + (i < some ? i : 0)) * width;
-            sum[i] = (SUITED(lanes)){0};
-            for (long k = 0; k + LANES <= width; k += LANES) sum[i] += SUITED(load_f32)(x + k) * SUITED(NAMED(load))(one + k);
+        if (j + LANES <= there) {
+            SUITED(NAMED(scores_at_once))(x, w + j * width, width, scores + j, next + j * width);
+            continue;
         }
-#pragma GCC unroll 8
-        for (int left = LANES / 2; left > 0; left /= 2)
-#pragma GCC unroll 16
-            for (int i = 0; i < left; i++) sum[i] = SUITED(neighbours)(sum[2 * i], sum[2 * i + 1]);
-        SUITED(store)(scores + j, sum[0]); /* there is room for so many */
-        for (long k = width / LANES * LANES; k < width; k++)
-            for (int i = 0; i < some; i++) scores[j + i] += x[k] * LOAD(w + (j + i) * width + k);
+        for (long i = j; i < count; i++) {
+            scores[i] = 0.0f;
+            for (long k = 0; k < width; k++) scores[i] += x[k] * LOAD(w + i * width + k);
+        }
     }
 }
 
-/* mixed[d] = sum_j shares[j] w[j][d]; asks for as much of `next` meanwhile. */
+TARGET INLINE void SUITED(NAMED(mixed_at_once))(const int vectors, const float *shares, const NUMBER *w, long count, long width,
+                                               float *out, const NUMBER *next) {
+    SUITED(lanes) sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * vectors; i++) sum[i] = (SUITED(lanes)){0};
+    long j = 0;
+    for (; j + 2 <= count; j += 2)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            __builtin_prefetch(next + j * width + v * LANES, 0, 3);
+            __builtin_prefetch(next + (j + 1) * width + v * LANES, 0, 3);
+            sum[v] += shares[j] * SUITED(NAMED(load))(w + j * width + v * LANES);
+            sum[vectors + v] += shares[j + 1] * SUITED(NAMED(load))(w + (j + 1) * width + v * LANES);
+        }
+    for (int v = 0; v < vectors; v++) {
+        if (j < count) sum[v] += shares[j] * SUITED(NAMED(load))(w + j * width + v * LANES);
+        SUITED(store)(out + v * LANES, sum[v] + sum[vectors + v]);
+    }
+}
+
+/* out[d] = sum_j shares[j] w[j][d]; asks for as much of `next` meanwhile. */
 TARGET static void SUITED(NAMED(mixed))(const float *shares, const NUMBER *w, long count, long width, float *out,
                                        const NUMBER *next) {
     long d = 0;
-    for (; d + LANES <= width; d += LANES) {
-        SUITED(lanes) sum[4] = {{0}, {0}, {0}, {0}};
-        long j = 0;
-        for (; j + 4 <= count; j += 4) {
-            __builtin_prefetch(next + j * width + d, 0, 3);
-            __builtin_prefetch(next + (j + 2) * width + d, 0, 3);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sum[i] += shares[j + i] * SUITED(NAMED(load))(w + (j + i) * width + d);
-        }
-        for (; j < count; j++) sum[0] += shares[j] * SUITED(NAMED(load))(w + j * width + d);
-        SUITED(store)(out + d, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    }
+    for (; d + 4 * LANES <= width; d += 4 * LANES) SUITED(NAMED(mixed_at_once))(4, shares, w + d, count, width, out + d, next + d);
+    for (; d + 2 * LANES <= width; d += 2 * LANES) SUITED(NAMED(mixed_at_once))(2, shares, w + d, count, width, out + d, next + d);
+    for (; d + LANES <= width; d += LANES) SUITED(NAMED(mixed_at_once))(1, shares, w + d, count, width, out + d, next + d);
     for (; d < width; d++) {
         float sum = 0.0f;
         for (long j = 0; j < count; j++) sum += shares[j] * LOAD(w + j * width + d);

@@ -18,6 +18,7 @@ from quartet.models.rotary import turns_halves
 from quartet.rollout.linears import linear_of
 from quartet.rollout.static_cache import Pattern, RowCache
 
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """What a forward says, line by line, and all that it takes from its module."""
@@ -35,22 +36,19 @@ class _Known:
 
 
 SELF = re.compile(r"\bself\.(\w+)")
+_TRANSFORMER = (
+    "inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)",
+    "hidden_states = inputs_embeds",
+    "position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)",
+    "hidden_states = self.norm(hidden_states)",
+)
+_OF_TRANSFORMER = frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config"))
 TRANSFORMER = _Known(
-    (
-        "inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)",
-        "hidden_states = inputs_embeds",
-        "position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)",
-        " in self.layers[: self.config.num_hidden_layers]:",
-        "hidden_states = self.norm(hidden_states)",
-    ),
-    frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config")),
+    (*_TRANSFORMER, "for decoder_layer in self.layers[: self.config.num_hidden_layers]:"), _OF_TRANSFORMER
 )
 MANY_KINDS = _Known(
-    tuple(
-        line.replace(" in self.layers[: self.config.num_hidden_layers]", " in enumerate(self.layers[: self.config.num_hidden_layers])")
-        for line in TRANSFORMER.lines
-    ),
-    TRANSFORMER.names | {"has_sliding_layers"},
+    (*_TRANSFORMER, "for i, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):"),
+    _OF_TRANSFORMER | {"has_sliding_layers"},
 )
 """Layers that see everything and layers with a window."""
 LAYER = _Known(
@@ -74,7 +72,10 @@ _ATTENTION = (
     "attn_output = self.o_proj(attn_output)",
 )
 _OF_ATTENTION = frozenset(
-    "head_dim q_proj k_proj v_proj o_proj layer_idx config training attention_dropout scaling sliding_window".split()
+    (
+        *("head_dim", "layer_idx", "config", "training", "attention_dropout", "scaling", "sliding_window"),
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+    )
 )
 ATTENTION = _Known(
     (
@@ -95,6 +96,9 @@ NORMED_ATTENTION = _Known(
 MLP = _Known((GATED,), frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")))
 NORM = _Known(RMS_NORM, frozenset(("weight", "variance_epsilon")))
 
+STEADY = frozenset(("default", "linear", "llama3", "yarn"))
+"""Rotary embeddings that are the same however long the sequence has become."""
+
 
 class CompiledStep:
     """Decoding steps over one cache, for as long as the weights are where they are."""
@@ -113,9 +117,7 @@ class CompiledStep:
             Hidden states `[n, H]` of these tokens.
         """
         states: Tensor = self._transformer.embed_tokens(tokens)
-        cosines, sines = self._transformer.rotary_emb(states[:, None], position_ids=positions[:, None])
-        angles = (angle.squeeze(1).float().contiguous() for angle in (cosines, sines))
-        return self._decoding(states, positions.contiguous(), *angles).to(states.dtype)
+        return self._decoding(states, positions.contiguous()).to(states.dtype)
 
 
 def compiled_step(
@@ -145,14 +147,28 @@ def compiled_step(
         return None
     heads = len(known[0].query.weight) // known[0].keys.shape[-1]
     narrow = first.weight.dtype != torch.float32
-    last = _float(whole.norm)
-    return CompiledStep(
-        whole, kernels.Decoding(known, last, heads=heads, eps=eps.pop(), scaling=scaling.pop(), narrow=narrow)
+    angles = _angles(whole, cache)
+    if angles is None:
+        return None
+    decoding = kernels.Decoding(
+        known, _float(whole.norm), angles, heads=heads, eps=eps.pop(), scaling=scaling.pop(), narrow=narrow
     )
+    return CompiledStep(whole, decoding)
+
+
+def _angles(transformer: Any, cache: RowCache) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of all positions, float32 `[columns, size]`; None where they depend on more than the position."""
+    rotary = transformer.rotary_emb
+    if getattr(rotary, "rope_type", None) not in STEADY:
+        return None
+    columns = torch.arange(cache.shape[1])[None]
+    cosines, sines = rotary(transformer.embed_tokens.weight.new_zeros(1), position_ids=columns)
+    return cosines[0].float().contiguous(), sines[0].float().contiguous()
 
 
 def _layer(layer: Any, pattern: Pattern, cache: Any, dtype: torch.dtype) -> kernels.Layer | None:
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    attention: Any = getattr(layer, "self_attn", None)
+    mlp: Any = getattr(layer, "mlp", None)
     normed = NORMED_ATTENTION.describes(attention)
     if not LAYER.describes(layer) or not (normed or ATTENTION.describes(attention)) or not MLP.describes(mlp):
         return None
@@ -165,14 +181,19 @@ def _layer(layer: Any, pattern: Pattern, cache: Any, dtype: torch.dtype) -> kern
         *(getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")),
     )
     linears = [linear_of(module, dtype) for module in places]
-    found = [linear for linear in linears if linear is not None]
-    if len(found) < len(linears) or not all(NORM.describes(norm) for norm in norms) or cache.keys.dtype != dtype:
+    query, key, value, out, gate, up, down = linears
+    if query is None or key is None or value is None or out is None or gate is None or up is None or down is None:
         return None
-    if cache.keys.shape != cache.values.shape or cache.keys.shape[-1] % 2 or cache.keys.shape[-1] > kernels.LONGEST:
+    keys, values = cache.keys, cache.values
+    if not all(NORM.describes(norm) for norm in norms) or keys.dtype != dtype or keys.shape != values.shape:
         return None
-    weights = [_float(norm) for norm in norms]
-    of_heads = (weights[2], weights[3]) if normed else (None, None)
-    return kernels.Layer(weights[0], weights[1], *of_heads, *found, cache.keys, cache.values, pattern.window)
+    if keys.shape[-1] % 2 or keys.shape[-1] > kernels.LONGEST:
+        return None
+    first, second, *of_heads = (_float(norm) for norm in norms)
+    of_query, of_key = of_heads or (None, None)
+    return kernels.Layer(
+        first, second, of_query, of_key, query, key, value, out, gate, up, down, keys, values, pattern.window
+    )
 
 
 def _float(norm: Any) -> Tensor:

@@ -31,8 +31,8 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
     LoRA layers: scale and conversion of the two small matrices are done once and not in every call. Merged, their product is
     added to a copy of the weight, and a call is one product; what they are made of is only read.
 
-    Plain linear layers on the CPU multiply few rows by a kernel that reads the weight once, more of them, and where there are no
-    kernels all, with oneDNN. torch multiplies float32 matrices with MKL, which is 1.3 to 3 times slower on processors whose
+    Plain linear layers on the CPU multiply few rows by a kernel that reads the weight once, and many with oneDNN, or all where
+    there are no kernels. torch multiplies float32 matrices with MKL, which is 1.3 to 3 times slower on processors whose
     widest vectors it leaves unused. Where the weights are float32 and the computation is in bfloat16, autocast would convert
     all weights in every step: here each is converted once, and the copy is dropped at the end (2 bytes for each weight
     meanwhile).
@@ -108,7 +108,7 @@ class WithAdapter:
 
 
 def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
-    """What a layer computes with under `fast_linears`, where there are kernels for that; None where the layer has to be called."""
+    """What a layer computes with under `fast_linears`, where there are kernels for it; None where it has to be called."""
     forward = module.__dict__.get("forward")
     found = None
     if isinstance(forward, Product):
@@ -116,7 +116,7 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
     elif isinstance(forward, WithAdapter):
         base = linear_of(forward.base, dtype)
         found = None if base is None else kernels.Linear(base.weight, base.bias, forward.low, forward.high)
-    elif forward is None and type(module) in (nn.Linear, FastLinear):
+    elif forward is None and isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
         weight, bias = module.weight, module.bias
         if _is_here(weight) and weight.dtype == dtype:
             found = kernels.Linear(weight.detach(), None if bias is None else bias.detach().float())
@@ -137,7 +137,9 @@ def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Forward
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if dtype == torch.float32 and weight.dtype == dtype:
         if onednn or kernels.decodes(dtype):
-            return Product(weight, bias, partial(_float32 if onednn else nn.functional.linear, weight=weight, bias=bias))
+            return Product(
+                weight, bias, partial(_float32 if onednn else nn.functional.linear, weight=weight, bias=bias)
+            )
         return None
     if dtype != torch.bfloat16 or not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None

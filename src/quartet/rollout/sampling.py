@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quartet import kernels
+
 _BLOCK = 128
 """Tokens whose probabilities are summed before one is looked for among them."""
 
@@ -25,7 +27,13 @@ def episode_uniforms(seed: int, episodes: tuple[int, ...], length: int) -> Tenso
 
 
 def pick(logits: Tensor, uniform: Tensor | None, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """`sample`, or where there are no random numbers the most likely tokens, with log-probabilities as there."""
+    """`sample`, or where there are no random numbers the most likely tokens, with log-probabilities as there.
+
+    On a CPU a kernel draws from the whole distribution, where there is one: the same tokens, but where rounding decides.
+    """
+    found = kernels.draw(logits, uniform, temperature) if uniform is None or top_p == 1.0 else None
+    if found is not None:
+        return found
     if uniform is not None:
         return sample(logits, uniform, temperature=temperature, top_p=top_p)
     scaled = logits.float() / temperature

@@ -142,9 +142,6 @@ class RowCache(Cache):
         super().__init__(layers=list(self._rows))
         self.shape = (rows, columns)
         """Rows and columns allocated."""
-        self.step: Any = None
-        """What decodes over this cache at once, where a decoder found such a thing."""
-        self.looked_for_step = False
 
     def prefill(self, first: int) -> None:
         """The next forward pass holds whole prompts, for the rows from `first` on."""

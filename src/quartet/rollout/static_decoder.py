@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Decoder:
         self._transformer = backbone.transformer
         self._patterns = layer_patterns(backbone.model.config)
         self._dtype = backbone.dtype
+        self._steps: WeakKeyDictionary[RowCache, CompiledStep | None] = WeakKeyDictionary()
         self.compiles = True
         """Take a compiled step where there is one."""
         if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
@@ -79,14 +81,13 @@ class Decoder:
         states: Tensor = output.last_hidden_state
         return states[:, -1]
 
-
     def _compiled(self, cache: RowCache) -> CompiledStep | None:
         """The step over a cache as one kernel, where there is one; looked for when the cache is first decoded over."""
-        if not cache.looked_for_step:
-            cache.looked_for_step = True
-            if self.compiles:
-                cache.step = compiled_step(self._transformer, self._patterns, cache, self._dtype)
-        return cache.step
+        if not self.compiles:
+            return None
+        if cache not in self._steps:
+            self._steps[cache] = compiled_step(self._transformer, self._patterns, cache, self._dtype)
+        return self._steps[cache]
 
 
 @contextmanager
