@@ -6,7 +6,6 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,7 +249,7 @@ def reference(layers: list[Any], last: Tensor, angles: Any, states: Tensor, posi
 def test_a_step_of_a_transformer(
     generation: str, dtype: torch.dtype, rank: int, threads: int, sizes: dict[str, int]
 ) -> None:
-    """Grouped heads, a window, norms of heads, a bias and adapters, against float64; the cache holds the new keys and values."""
+    """Grouped heads, a window, norms of heads, a bias and adapters, against float64; the cache holds what is new."""
     torch.set_num_threads(threads)
     layers, size = weights(dtype, rank, **sizes)
     last, rows = made(size["hidden"], seed=9), 18

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quartet import kernels
 from quartet.models.fused import GATED, RMS_NORM, library_kind
 from quartet.models.gated import is_silu
+from quartet.models.linears import is_replaced
 from quartet.models.precision import on_cpu
 from quartet.models.rotary import turns_halves
 from quartet.rollout.linears import linear_of
@@ -25,42 +26,45 @@ class _Known:
 
     lines: tuple[str, ...]
     names: frozenset[str]
+    assigned: tuple[str, int] = ("", 0)
+    """A variable that is assigned so many times, and not once more."""
 
     def describes(self, module: Any) -> bool:
-        """Whether the source of a module's forward says so."""
+        """Whether the source of a module's forward says so, and it is what a call runs."""
         try:
             source = inspect.getsource(inspect.unwrap(library_kind(type(module)).forward))
         except (AttributeError, OSError, TypeError):
             return False
-        return all(line in source for line in self.lines) and self.names.issuperset(SELF.findall(source))
+        name, times = self.assigned
+        often = not times or len(re.findall(rf"^ *{name} = ", source, re.MULTILINE)) == times
+        lines = all(line in source for line in self.lines)
+        return lines and often and self.names.issuperset(SELF.findall(source)) and not is_replaced(module)
 
 
 SELF = re.compile(r"\bself\.(\w+)")
-_TRANSFORMER = (
-    "inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)",
-    "hidden_states = inputs_embeds",
-    "position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)",
-    "hidden_states = self.norm(hidden_states)",
-)
-_OF_TRANSFORMER = frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config"))
 TRANSFORMER = _Known(
-    (*_TRANSFORMER, "for decoder_layer in self.layers[: self.config.num_hidden_layers]:"), _OF_TRANSFORMER
+    (
+        " = self.embed_tokens(input_ids)\n",
+        "hidden_states = inputs_embeds\n",
+        "position_embeddings = self.rotary_emb(hidden_states, position_ids",
+        "self.layers[: self.config.num_hidden_layers]",
+        "hidden_states = self.norm(hidden_states)\n",
+    ),
+    frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config", "has_sliding_layers")),
+    ("hidden_states", 3),
 )
-MANY_KINDS = _Known(
-    (*_TRANSFORMER, "for i, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):"),
-    _OF_TRANSFORMER | {"has_sliding_layers"},
-)
-"""Layers that see everything and layers with a window."""
+"""The forward of a transformer; then those of its parts."""
 LAYER = _Known(
     (
-        "residual = hidden_states",
-        "hidden_states = self.input_layernorm(hidden_states)",
-        "hidden_states, _ = self.self_attn(",
-        "hidden_states = residual + hidden_states",
-        "hidden_states = self.post_attention_layernorm(hidden_states)",
-        "hidden_states = self.mlp(hidden_states)",
+        "residual = hidden_states\n",
+        "hidden_states = self.input_layernorm(hidden_states)\n",
+        "hidden_states, _ = self.self_attn(\n",
+        "hidden_states = residual + hidden_states\n",
+        "hidden_states = self.post_attention_layernorm(hidden_states)\n",
+        "hidden_states = self.mlp(hidden_states)\n",
     ),
     frozenset(("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")),
+    ("hidden_states", 5),
 )
 _ATTENTION = (
     "hidden_shape = (*input_shape, -1, self.head_dim)",
@@ -77,6 +81,7 @@ _OF_ATTENTION = frozenset(
         *("q_proj", "k_proj", "v_proj", "o_proj"),
     )
 )
+_MIXED = ("attn_output", 2)
 ATTENTION = _Known(
     (
         *_ATTENTION,
@@ -84,6 +89,7 @@ ATTENTION = _Known(
         "key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
     ),
     _OF_ATTENTION,
+    _MIXED,
 )
 NORMED_ATTENTION = _Known(
     (
@@ -92,6 +98,7 @@ NORMED_ATTENTION = _Known(
         "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
     ),
     _OF_ATTENTION | {"q_norm", "k_norm"},
+    _MIXED,
 )
 MLP = _Known((GATED,), frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")))
 NORM = _Known(RMS_NORM, frozenset(("weight", "variance_epsilon")))
@@ -134,7 +141,7 @@ def compiled_step(
     first = getattr(transformer, "embed_tokens", None)
     if not isinstance(first, nn.Embedding) or not on_cpu(first.weight) or not kernels.decodes(dtype):
         return None
-    if not (TRANSFORMER.describes(transformer) or MANY_KINDS.describes(transformer)) or _hooked(transformer):
+    if not TRANSFORMER.describes(transformer) or _hooked(transformer) or is_replaced(first):
         return None
     if first.weight.dtype not in (torch.float32, dtype) or cache.shape[0] > kernels.FEW:
         return None
@@ -159,7 +166,7 @@ def compiled_step(
 def _angles(transformer: Any, cache: RowCache) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines of all positions, float32 `[columns, size]`; None where they depend on more than the position."""
     rotary = transformer.rotary_emb
-    if getattr(rotary, "rope_type", None) not in STEADY:
+    if getattr(rotary, "rope_type", None) not in STEADY or is_replaced(rotary):
         return None
     columns = torch.arange(cache.shape[1])[None]
     cosines, sines = rotary(transformer.embed_tokens.weight.new_zeros(1), position_ids=columns)

@@ -1,0 +1,159 @@
+"""Which transformers decode by one kernel, and that they give what their layers give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GraniteConfig, LlamaConfig
+
+from quartet import kernels
+from quartet.models.roles import LanguageView
+from quartet.rollout import static_decoder
+from quartet.rollout.compiled import CompiledStep, compiled_step
+from quartet.rollout.static import StaticEngine
+from quartet.rollout.static_cache import NotDrivable
+from quartet.rollout.static_decoder import Decoder, generating
+from rollout_policies import FAMILIES, GROUPED, make_policy, make_prompts, settings
+
+KNOWN = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
+needs_kernels = pytest.mark.skipif(not kernels.decodes(torch.float32), reason="no compiler at installation")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def step_of(policy: LanguageView, rows: int = 4, *, merged: bool = False) -> CompiledStep | None:
+    """What a decoder finds for a cache that holds prompts."""
+    decoder = Decoder(policy)
+    with generating(policy, merged=merged):
+        cache = decoder.new_cache(rows, 12)
+        decoder.prefill(cache, 0, torch.ones(rows, 2, dtype=torch.int64), torch.full((rows,), 2))
+        return compiled_step(policy.backbone.transformer, decoder._patterns, cache, policy.backbone.dtype)
+
+
+def steps(policy: LanguageView, *, compiled: bool, merged: bool = False) -> torch.Tensor:
+    """States of seven steps of rows of unequal length, beyond every window."""
+    decoder = Decoder(policy)
+    decoder.compiles = compiled
+    ids = torch.arange(3 * 9).reshape(3, 9) * 5 % 67
+    lengths = torch.tensor([6, 2, 4])
+    with torch.no_grad(), generating(policy, merged=merged):
+        cache = decoder.new_cache(3, 16)
+        decoder.prefill(cache, 0, ids[:, :6], lengths)
+        found = [decoder.step(cache, ids[:, step], lengths + step, 16) for step in range(7)]
+    return torch.stack(found)
+
+
+@needs_kernels
+@pytest.mark.parametrize("adapter", ["none", "apart", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_compiled_step_gives_what_the_layers_give(family: str, dtype: torch.dtype, adapter: str) -> None:
+    policy = make_policy(FAMILIES[family](), lora=adapter != "none", dtype=dtype)
+    merged = adapter == "merged"
+    expected, found = (steps(policy, compiled=compiled, merged=merged) for compiled in (False, True))
+    assert found.dtype == expected.dtype
+    error = (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    assert float(error.max()) < (1e-5 if dtype == torch.float32 else 0.06)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_compute_the_same_are_known(family: str, merged: bool, dtype: torch.dtype) -> None:
+    """In bfloat16 over float32 weights only where oneDNN would convert them too; that is not so of layers this small."""
+    held = make_policy(FAMILIES[family](), lora=True, dtype=dtype)
+    if dtype == torch.bfloat16:
+        held.backbone.model.to(dtype)
+    assert (step_of(held, merged=merged) is not None) == (family in KNOWN)
+
+
+@needs_kernels
+def test_an_engine_decodes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by layers where it gives something else, which the engine's own check finds."""
+    policy, prompts, calls = make_policy(FAMILIES["llama"]()), make_prompts(), []
+    theirs = CompiledStep.__call__
+
+    def noting(self: CompiledStep, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        calls.append(len(tokens))
+        return theirs(self, tokens, positions)
+
+    monkeypatch.setattr(CompiledStep, "__call__", noting)
+    engine = StaticEngine(policy, settings())
+    calls.clear()
+    expected = engine.generate(prompts)
+    assert len(calls) == expected.decode_steps
+    monkeypatch.setattr(CompiledStep, "__call__", lambda *given: theirs(*given) * 1.01)
+    engine = StaticEngine(policy, settings())
+    found = engine.generate(prompts)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_an_engine_that_cannot_drive_a_model_says_so_with_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise NotDrivable("it fails")
+
+    monkeypatch.setattr(static_decoder.Decoder, "step", failing)
+    with pytest.raises(NotDrivable, match="it fails"):
+        StaticEngine(make_policy(FAMILIES["llama"]()), settings())
+
+
+@needs_kernels
+def test_what_is_more_than_the_kernel_computes_is_computed_by_layers() -> None:
+    assert step_of(make_policy(GraniteConfig(**GROUPED, residual_multiplier=0.5))) is None  # scales what it adds
+    assert step_of(make_policy(LlamaConfig(**GROUPED, hidden_act="gelu"))) is None
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # its angles change with the longest row
+    assert step_of(make_policy(LlamaConfig(**GROUPED, rope_parameters=scaled))) is None
+    assert step_of(make_policy(LlamaConfig(**GROUPED)), rows=kernels.FEW + 1) is None
+
+
+@needs_kernels
+def test_what_waits_for_a_layers_call_is_not_passed_over() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    whole: Any = policy.backbone.transformer
+    handle = whole.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert step_of(policy) is None
+    handle.remove()
+    assert step_of(policy) is not None
+    whole.layers[0].mlp.forward = whole.layers[0].mlp.forward  # another library's
+    assert step_of(policy) is None
+
+
+@needs_kernels
+def test_a_forward_of_ones_own_is_not_taken_for_the_librarys() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    whole: Any = policy.backbone.transformer
+    layer = whole.layers[0]
+
+    class Doubled(type(layer.mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer.mlp.__class__ = Doubled
+    assert step_of(policy) is None
+
+
+def test_without_kernels_all_is_computed_by_layers(without_kernels: None) -> None:
+    assert step_of(make_policy(FAMILIES["llama"]())) is None
+
+
+@needs_kernels
+def test_weights_of_now_are_used_in_every_rollout() -> None:
+    policy = make_policy(FAMILIES["llama"]())
+    engine, prompts = StaticEngine(policy, settings()), make_prompts()
+    before = engine.generate(prompts)
+    with torch.no_grad():
+        for parameter in policy.backbone.model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    after = engine.generate(prompts)
+    assert not torch.equal(after.tokens, before.tokens)
+    fresh = StaticEngine(policy, settings()).generate(prompts)
+    assert torch.equal(after.tokens, fresh.tokens)
+    assert torch.equal(after.logprobs, fresh.logprobs)
