@@ -21,6 +21,13 @@ GENERATIONS = {"this": [], "older": ["-DOLDER_THAN_V4"], "any": ["-DCLONES="]}
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
     """The library as it is compiled for a generation."""

@@ -89,7 +89,7 @@ class Product:
 
 
 class WithAdapter:
-    """`base(x) + x A^T B^T`, the sum taken in the matrix product."""
+    """`base(x) + x A^T B^T`: few rows by kernels, where there are some, else with the sum taken in the matrix product."""
 
     def __init__(self, base: nn.Module, low: Tensor, high: Tensor) -> None:
         """
@@ -97,12 +97,19 @@ class WithAdapter:
             low: A.
             high: B, the adapter's scale in it.
         """
-        self.base, self.low, self.high = base, low, high.contiguous()
-        self._down, self._up = upright(low), upright(high)
+        parts = kernels.Linear(low), kernels.Linear(high)
+        self.base = base
+        self.parts = parts if all(part.fits() for part in parts) else None
+        """A and B, where kernels multiply few rows with them."""
+        self._most = 0 if self.parts is None else kernels.FEW * low.shape[1]
+        self._down, self._up = (upright(low), upright(high)) if self.parts is None else (low.t(), high.t())
 
     def __call__(self, states: Tensor) -> Tensor:
         """Of states `[..., in]`."""
         result: Tensor = self.base(states)
+        if self.parts is not None and 0 < states.numel() <= self._most:
+            down, up = self.parts
+            return result.add_(kernels.few_rows(kernels.few_rows(states, down), up))
         add_upright(result, states, self._down, self._up, 1.0)
         return result
 
@@ -113,9 +120,9 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
     found = None
     if isinstance(forward, Product):
         found = forward.layer
-    elif isinstance(forward, WithAdapter):
-        base = linear_of(forward.base, dtype)
-        found = None if base is None else kernels.Linear(base.weight, base.bias, forward.low, forward.high)
+    elif isinstance(forward, WithAdapter) and forward.parts is not None:
+        base, (down, up) = linear_of(forward.base, dtype), forward.parts
+        found = None if base is None else kernels.Linear(base.weight, base.bias, down.weight, up.weight)
     elif forward is None and isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
         weight, bias = module.weight, module.bias
         if _is_here(weight) and weight.dtype == dtype:
