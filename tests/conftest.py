@@ -77,7 +77,7 @@ def computed_by(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler was there at installation."""
-    from quartet.kernels import decoding, drawing, elementwise
+    from quartet.kernels import attending, decoding, drawing, elementwise
 
-    for module in (decoding, drawing, elementwise):
+    for module in (attending, decoding, drawing, elementwise):
         monkeypatch.setattr(module, "kernel", lambda _: None)

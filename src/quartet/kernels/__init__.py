@@ -4,6 +4,7 @@ A function says False or gives None where the kernels are not there or do not fi
 torch's operations.
 """
 
+from quartet.kernels.attending import attention, attention_fits, attention_gradient
 from quartet.kernels.decoding import FEW, LONGEST, Decoding, Layer, Linear, decodes, few_rows
 from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
@@ -14,6 +15,9 @@ __all__ = [
     "Decoding",
     "Layer",
     "Linear",
+    "attention",
+    "attention_fits",
+    "attention_gradient",
     "decodes",
     "draw",
     "few_rows",

@@ -64,18 +64,8 @@ CLONES static void NAMED(keep_head)(const float *head, NUMBER *place, long size)
     for (long j = 0; j < size; j++) STORE(place + j, head[j]);
 }
 
-/* Scores to shares; a share's total. */
 CLONES static float NAMED(softmax)(float *scores, long count, float scaling) {
-    float top = scores[0], total = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (long j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
-#pragma omp simd reduction(+ : total)
-    for (long j = 0; j < count; j++) {
-        const float e = exponential((scores[j] - top) * scaling);
-        scores[j] = e;
-        total += e;
-    }
-    return total;
+    return exponentials(scores, count, (count + SIDE - 1) / SIDE * SIDE, scaling);
 }
 
 /* Attention of a row's new token under one key head: keeps its key and value, and looks at what its layer lets it. */

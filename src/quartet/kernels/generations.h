@@ -16,6 +16,7 @@
 #include "lanes.h"
 #endif
 #include "products.h"
+#include "attention.h"
 #undef SUITED
 #undef TARGET
 #undef LANES
@@ -33,6 +34,7 @@
 #include "lanes.h"
 #endif
 #include "products.h"
+#include "attention.h"
 #undef SUITED
 #undef TARGET
 #undef LANES
@@ -51,6 +53,7 @@
 #include "lanes.h"
 #endif
 #include "products.h"
+#include "attention.h"
 #undef SUITED
 #undef TARGET
 #undef LANES

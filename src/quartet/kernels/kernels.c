@@ -95,6 +95,7 @@ INLINE float sigmoid(float x) {
 #endif
 #endif
 #include "few_rows.h"
+#include "sequences.h"
 #ifdef TILES
 #include "amx.h"
 #endif
@@ -108,6 +109,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #define NAMED(kernel) kernel##_f32
 #include "typed.h"
 #include "generations.h"
+#include "attending.h"
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"
@@ -127,6 +129,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #define NAMED(kernel) kernel##_bf16
 #include "typed.h"
 #include "generations.h"
+#include "attending.h"
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"

@@ -27,6 +27,8 @@ ARGUMENTS = {
     "few_rows": 9,
     "decode": 2,
     "draw": 9,
+    "attention": 5,
+    "attention_gradient": 9,
 }
 """Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
 FLOATS = {"rms_norm": 6, "draw": 7}

@@ -15,8 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from quartet import kernels
 from quartet.models.as_in_training import computes_as_in_training
-from quartet.models.layout import packed_now
+from quartet.models.causal import as_one_row, causal_attention
+from quartet.models.layout import PackedLayout, packed_now
 from quartet.models.precision import on_cpu
 
 NAME = "quartet"
@@ -85,13 +87,48 @@ class _Told:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """`short_attention` of sequences in any layout; shapes are those of the layout."""
+    """`short_attention` of sequences in any layout; shapes are those of the layout. A kernel computes it where there is one."""
     packed = packed_now()
+    length = query.shape[2] if packed is None else packed.length
+    found = None
+    if attention_mask is None and length > 1 and _is_plain(module, query, key, kwargs):
+        found = _by_kernel(query, key, value, packed, kwargs.get("scaling"))
+    if found is not None:
+        return found, None
     if packed is None:
         return short_attention(module, query, key, value, attention_mask, **kwargs)
     query, key, value = packed.one_a_row(query), packed.one_a_row(key), packed.one_a_row(value)
     mixed, weights = short_attention(module, query, key, value, attention_mask, **kwargs)
     return packed.side_by_side(mixed), weights
+
+
+def _is_plain(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether tokens look at all before them and nothing else is asked for, in the numbers of a training pass on a CPU."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    here = on_cpu(query) and computes_as_in_training() and key.shape[2] == query.shape[2]
+    return bool(here and causal and not kwargs.get("dropout") and not _special(kwargs))
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedLayout | None, scaling: float | None
+) -> Tensor | None:
+    """Shapes as in `attention`; None where there is no kernel."""
+    rows, _, length, size = query.shape
+    dtype = _computed_in(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if packed is None:
+        flat = as_one_row(query), as_one_row(key), as_one_row(value)
+        if flat[0] is None or flat[1] is None or flat[2] is None:
+            return None
+        query, key, value = flat[0], flat[1], flat[2]
+        bounds, longest = torch.arange(rows + 1) * length, length
+    else:
+        bounds, longest = packed.bounds, packed.length
+    if not kernels.attention_fits(query, key, value, longest):
+        return None
+    mixed = causal_attention(query, key, value, bounds, longest, size**-0.5 if scaling is None else scaling)
+    return mixed if packed is not None else mixed.view(rows, length, *mixed.shape[2:])
 
 
 def short_attention(
@@ -118,19 +155,10 @@ def short_attention(
     Returns:
         `[n, L, heads, d]`, and None for the weights.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
-    plain = (
-        on_cpu(query)
-        and _computed_in(query) == torch.bfloat16
-        and computes_as_in_training()
-        and attention_mask is None
-        and causal
-        and not dropout
-        and 1 < length <= LONGEST
-        and key.shape[2] == length
-        and not _special(kwargs)
-    )
+    asked = {**kwargs, "dropout": dropout, "is_causal": is_causal}
+    plain = attention_mask is None and 1 < length <= LONGEST and _is_plain(module, query, key, asked)
+    plain = plain and _computed_in(query) == torch.bfloat16
     if _one_token_for_grouped_heads(query, key, attention_mask) and not dropout and not _special(kwargs):
         assert attention_mask is not None
         return _grouped(query, key, value, attention_mask, scaling), None

@@ -155,6 +155,8 @@ class PackedLayout(Layout):
     """The tokens among the cells `[n * length]` of one sequence a row."""
     read: Places
     """The tokens whose last states are read, among all tokens."""
+    bounds: Tensor
+    """int64 `[n + 1]`, on the host: the place of each sequence's first token, and after the last sequence's last."""
 
     @staticmethod
     def of(sequences: Sequences, multiple: int = 1) -> PackedLayout:
@@ -184,7 +186,8 @@ class PackedLayout(Layout):
             "position_ids": positions.unsqueeze(0),
         }
         first = last - sequences.response_lengths
-        return PackedLayout(sequences, arguments, first, last, tokens, columns, cells, read)
+        bounds = torch.tensor(np.append(0, (prompts + responses).cumsum()))
+        return PackedLayout(sequences, arguments, first, last, tokens, columns, cells, read, bounds)
 
     def active(self) -> AbstractContextManager[None]:
         """Attention and the last MLP find the layout."""

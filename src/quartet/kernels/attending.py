@@ -1,0 +1,114 @@
+"""Causal attention of sequences side by side: tensors looked at, memory handed over."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.library import DTYPES, are_real, fit, kernel
+
+SIDE = 16
+"""Tokens are filled up to a multiple of so many, of which the numbers of a head have to be one too (`SIDE` in few_rows.h)."""
+LONGEST = 512
+"""Tokens of a sequence: a thread's room grows with their square."""
+HEAD_ROOMS = 9
+"""Of a sequence's tokens under one head, in a thread's room (`attention_numbers` in sequences.h)."""
+_WHOLE = ("sequences", "heads", "shared", "size", "longest", "threads")
+_STRIDES = [f"{name}_{of}" for name in ("query", "key", "value", "mixed") for of in ("token", "head")]
+
+
+class _Attention(ctypes.Structure):
+    """`attention` in sequences.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in (*_WHOLE, *_STRIDES)),
+        ("first", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+def attention_fits(query: Tensor, key: Tensor, value: Tensor, longest: int) -> bool:
+    """Whether there are kernels for these tensors, of which the longest sequence has so many tokens."""
+    tensors, dtype = (query, key, value), query.dtype
+    size, heads = query.shape[-1], query.shape[1]
+    alike = all(t.ndim == 4 and t.dtype == dtype and t.shape[-1] == size and t.stride(3) == 1 for t in tensors)
+    known = dtype in DTYPES and alike and fit(*tensors) and size % SIDE == 0 and heads % key.shape[1] == 0
+    return known and 0 < longest <= LONGEST and kernel(f"attention_{DTYPES[dtype]}") is not None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, longest: int, scaling: float) -> Tensor:
+    """softmax(q k^T * scaling) v of each token over those of its sequence up to itself.
+
+    Args:
+        query: `[1, heads, tokens, size]`, in any order in memory but for the size.
+        key, value: `[1, key heads, tokens, size]`; each serves `heads / key heads` query heads.
+        first: int64 `[sequences + 1]`: the place of each sequence's first token, and after the last sequence's last.
+        longest: tokens of the longest.
+
+    Returns:
+        `[1, tokens, heads, size]`, zeros for tokens of no sequence.
+    """
+    tokens = query.shape[2]
+    mixed = query.new_empty(1, tokens, query.shape[1], query.shape[3])
+    asked, room = _asked(query, key, value, mixed, first, longest, scaling)
+    if are_real(query, key, value):
+        end = int(first[-1])
+        mixed[:, end:] = 0
+        _function("attention", query)(ctypes.addressof(asked), *_pointers(query, key, value, mixed))
+    del room
+    return mixed
+
+
+def attention_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixed: Tensor,
+    by_mixed: Tensor,
+    first: Tensor,
+    longest: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each in the order of these.
+
+    Args:
+        mixed: what `attention` gave.
+        by_mixed: its gradient, in the same order.
+    """
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    asked, room = _asked(query, key, value, mixed, first, longest, scaling)
+    if are_real(query, key, value, by_mixed):
+        end = int(first[-1])
+        for gradient in found:
+            gradient[:, :, end:] = 0
+        pointers = _pointers(query, key, value, mixed, by_mixed, *found)
+        _function("attention_gradient", query)(ctypes.addressof(asked), *pointers)
+    del room
+    return found
+
+
+def _asked(
+    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, first: Tensor, longest: int, scaling: float
+) -> tuple[_Attention, Tensor]:
+    """What the kernels are told, and the memory in which they work."""
+    threads, size, side = torch.get_num_threads(), query.shape[3], -(-longest // SIDE) * SIDE
+    room = torch.empty(threads * side * (HEAD_ROOMS * size + 2 * side))
+    real = are_real(query)
+    strides = [t.stride(axis) for t in (query, key, value, mixed.transpose(1, 2)) for axis in (2, 1)]
+    asked = _Attention(
+        len(first) - 1, query.shape[1], key.shape[1], size, longest, threads, *strides,
+        first.data_ptr() if real else 0, room.data_ptr() if real else 0, scaling,
+    )  # fmt: skip
+    return asked, room
+
+
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _function(name: str, query: Tensor) -> Any:
+    return kernel(f"{name}_{DTYPES[query.dtype]}")
