@@ -32,7 +32,7 @@ class CustomBuildHook(BuildHookInterface):
         library.unlink(missing_ok=True)
         said = _compiled(folder, library)
         if said is not None:
-            self.app.display_warning(f"training on a CPU goes without compiled kernels: {said}")
+            self.app.display_warning(f"training and rollouts on a CPU go without compiled kernels: {said}")
             return
         build_data["artifacts"].append(str(FOLDER / "kernels.so"))
         build_data["pure_python"] = False

@@ -103,9 +103,11 @@ def test_what_does_not_fit_is_left_to_torch() -> None:
     assert not kernels.attention_fits(query.to("meta"), key, value, 8)
 
 
-def test_rows_are_one_after_the_other_only_where_they_lie_so() -> None:
+def test_rows_are_one_after_the_other_without_a_copy_where_they_lie_so() -> None:
     rows = torch.arange(2 * 5 * 3 * 4.0).view(2, 5, 3, 4).transpose(1, 2)
-    flat = as_one_row(rows)
-    assert flat is not None
-    assert torch.equal(flat, torch.cat([rows[0], rows[1]], 1)[None])
-    assert as_one_row(rows.contiguous()) is None
+    expected = torch.cat([rows[0], rows[1]], 1)[None]
+    assert torch.equal(as_one_row(rows), expected)
+    assert as_one_row(rows).data_ptr() == rows.data_ptr()
+    part = torch.arange(2 * 5 * 3 * 8.0).view(2, 5, 3, 8)[..., 4:].transpose(1, 2)
+    assert torch.equal(as_one_row(part), torch.cat([part[0], part[1]], 1)[None])
+    assert torch.equal(as_one_row(rows.contiguous()), expected)

@@ -200,6 +200,33 @@ def reference(layers: list[Any], last: Tensor, angles: Any, states: Tensor, posi
     return torch.stack(rows)
 
 
+@needs_compiler
+def test_more_rows_than_the_kernels_are_for_are_refused() -> None:
+    layer = kernels.Linear(made(6, 8))
+    with pytest.raises(ValueError, match="129 rows"):
+        kernels.few_rows(made(kernels.FEW + 1, 8), layer)
+    with pytest.raises(ValueError, match="adapter of rank 2"):
+        kernels.few_rows(made(3, 8), kernels.Linear(made(6, 8), None, made(2, 8), made(6, 2)))
+    layers, size = weights(torch.float32, 0)
+    angles = made(size["columns"], size["size"]), made(size["columns"], size["size"])
+    decoding = kernels.Decoding(
+        layers, made(size["hidden"]), angles, heads=size["heads"], eps=1e-5, scaling=0.3, narrow=False
+    )
+    with pytest.raises(ValueError, match="21 rows over a cache of 20"):
+        decoding(made(21, size["hidden"]), torch.zeros(21, dtype=torch.int64))
+
+
+@needs_compiler
+def test_layers_are_of_one_shape() -> None:
+    layers, size = weights(torch.float32, 3)
+    assert kernels.alike(layers, size["hidden"])
+    assert not kernels.alike(layers, size["hidden"] + 1)
+    other, _ = weights(torch.float32, 3, inner=71)
+    assert not kernels.alike([layers[0], other[1]], size["hidden"])
+    other, _ = weights(torch.float32, 3, shared=4)
+    assert not kernels.alike([layers[0], other[1]], size["hidden"])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,11 +239,12 @@ def test_a_step_of_a_transformer(
     layers, size = weights(dtype, rank, **sizes)
     last, rows = made(size["hidden"], seed=9), 18
     angles = made(size["columns"], size["size"], seed=4), made(size["columns"], size["size"], seed=5)
-    states, positions = made(rows, size["hidden"], seed=6), torch.arange(rows) % size["columns"]
+    states, positions = made(rows, size["hidden"], seed=6, dtype=dtype), torch.arange(rows) % size["columns"]
     positions[3] = size["columns"] - 1
     expected = reference(layers, last, angles, states, positions, 1e-5)
     kept = [layer.keys.clone() for layer in layers]
-    decoding = kernels.Decoding(layers, last, angles, heads=size["heads"], eps=1e-5, scaling=0.3, narrow=False)
+    narrow = dtype == torch.bfloat16 and rank == 0
+    decoding = kernels.Decoding(layers, last, angles, heads=size["heads"], eps=1e-5, scaling=0.3, narrow=narrow)
     found = decoding(states, positions)
     error = 2e-5 if dtype == torch.float32 else 0.05
     assert float((found - expected).norm() / expected.norm()) < error

@@ -5,16 +5,16 @@ torch's operations.
 """
 
 from quartet.kernels.attending import attention, attention_fits, attention_gradient
-from quartet.kernels.decoding import FEW, LONGEST, Decoding, Layer, Linear, decodes, few_rows
+from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, alike, decodes, few_rows
 from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
 
 __all__ = [
     "FEW",
-    "LONGEST",
     "Decoding",
     "Layer",
     "Linear",
+    "alike",
     "attention",
     "attention_fits",
     "attention_gradient",

@@ -1,12 +1,6 @@
 /* Causal attention of sequences that lie side by side, shared among threads: included for each dtype. Heads are a multiple of 16
  * numbers. */
 
-#ifdef GENERATIONS
-#define BEST(kernel) (is_v4() ? JOIN(NAMED(kernel), _v4) : is_v3() ? JOIN(NAMED(kernel), _v3) : JOIN(NAMED(kernel), _any))
-#else
-#define BEST(kernel) JOIN(NAMED(kernel), _any)
-#endif
-
 /* softmax(q k^T scaling) v of each token over those of its sequence up to itself. */
 void NAMED(attention)(const attention *a, const NUMBER *query, const NUMBER *key, const NUMBER *value, NUMBER *mixed) {
     const long pairs = a->sequences * a->shared, group = a->heads / a->shared;
@@ -14,7 +8,7 @@ void NAMED(attention)(const attention *a, const NUMBER *query, const NUMBER *key
     for (long pair = 0; pair < pairs; pair++) {
         const long start = a->first[pair / a->shared], length = a->first[pair / a->shared + 1] - start, h = pair % a->shared;
         const attention_room room = attention_room_of(a, omp_get_thread_num(), length);
-        BEST(attend_forward)(a, &room, query + start * a->query_token + h * group * a->query_head,
+        BEST(NAMED(attend_forward))(a, &room, query + start * a->query_token + h * group * a->query_head,
                              key + start * a->key_token + h * a->key_head, value + start * a->value_token + h * a->value_head,
                              mixed + start * a->mixed_token + h * group * a->mixed_head, length);
     }
@@ -31,8 +25,9 @@ void NAMED(attention_gradient)(const attention *a, const NUMBER *query, const NU
         const long keys = start * a->key_token + h * a->key_head, values = start * a->value_token + h * a->value_head;
         const long mixeds = start * a->mixed_token + h * group * a->mixed_head;
         const attention_room room = attention_room_of(a, omp_get_thread_num(), length);
-        BEST(attend_backward)(a, &room, query + queries, key + keys, value + values, mixed + mixeds, by_mixed + mixeds,
-                              by_query + queries, by_key + keys, by_value + values, length);
+        BEST(NAMED(attend_backward))(a, &room, query + queries, key + keys, value + values, mixed + mixeds, by_mixed + mixeds,
+                              by_query + start * a->by_query_token + h * group * a->by_query_head,
+                              by_key + start * a->by_key_token + h * a->by_key_head,
+                              by_value + start * a->by_value_token + h * a->by_value_head, length);
     }
 }
-#undef BEST

@@ -17,7 +17,11 @@ LONGEST = 512
 HEAD_ROOMS = 9
 """Of a sequence's tokens under one head, in a thread's room (`attention_numbers` in sequences.h)."""
 _WHOLE = ("sequences", "heads", "shared", "size", "longest", "threads")
-_STRIDES = [f"{name}_{of}" for name in ("query", "key", "value", "mixed") for of in ("token", "head")]
+_STRIDES = [
+    f"{name}_{of}"
+    for name in ("query", "key", "value", "mixed", "by_query", "by_key", "by_value")
+    for of in ("token", "head")
+]
 
 
 class _Attention(ctypes.Structure):
@@ -37,6 +41,7 @@ def attention_fits(query: Tensor, key: Tensor, value: Tensor, longest: int) -> b
     size, heads = query.shape[-1], query.shape[1]
     alike = all(t.ndim == 4 and t.dtype == dtype and t.shape[-1] == size and t.stride(3) == 1 for t in tensors)
     known = dtype in DTYPES and alike and fit(*tensors) and size % SIDE == 0 and heads % key.shape[1] == 0
+    known = known and key.shape == value.shape and key.shape[2] == query.shape[2] and len(query) == 1
     return known and 0 < longest <= LONGEST and kernel(f"attention_{DTYPES[dtype]}") is not None
 
 
@@ -73,14 +78,17 @@ def attention_gradient(
     longest: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, each in the order of these.
+    """The gradients of query, key and value, the heads of a token side by side.
 
     Args:
         mixed: what `attention` gave.
         by_mixed: its gradient, in the same order.
     """
-    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    asked, room = _asked(query, key, value, mixed, first, longest, scaling)
+    # Of an order of their own: what is given may lie apart in memory, or be a part of something wider.
+    shapes = [t.transpose(1, 2).shape for t in (query, key, value)]
+    by_query, by_key, by_value = (query.new_empty(shape).transpose(1, 2) for shape in shapes)
+    found = by_query, by_key, by_value
+    asked, room = _asked(query, key, value, mixed, first, longest, scaling, found)
     if are_real(query, key, value, by_mixed):
         end = int(first[-1])
         for gradient in found:
@@ -92,13 +100,21 @@ def attention_gradient(
 
 
 def _asked(
-    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, first: Tensor, longest: int, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mixed: Tensor,
+    first: Tensor,
+    longest: int,
+    scaling: float,
+    gradients: tuple[Tensor, ...] = (),
 ) -> tuple[_Attention, Tensor]:
     """What the kernels are told, and the memory in which they work."""
     threads, size, side = torch.get_num_threads(), query.shape[3], -(-longest // SIDE) * SIDE
-    room = torch.empty(threads * side * (HEAD_ROOMS * size + 2 * side))
+    room = query.new_empty(threads * side * (HEAD_ROOMS * size + 2 * side), dtype=torch.float32)
     real = are_real(query)
-    strides = [t.stride(axis) for t in (query, key, value, mixed.transpose(1, 2)) for axis in (2, 1)]
+    strides = [t.stride(axis) for t in (query, key, value, mixed.transpose(1, 2), *gradients) for axis in (2, 1)]
+    strides += [0] * (len(_STRIDES) - len(strides))
     asked = _Attention(
         len(first) - 1, query.shape[1], key.shape[1], size, longest, threads, *strides,
         first.data_ptr() if real else 0, room.data_ptr() if real else 0, scaling,

@@ -82,7 +82,7 @@ TARGET static void SUITED(NAMED(attend_backward))(const attention *a, const atte
             }
             SUITED(by_rows)(some, r->key, size, slopes, side, i + some, r->by_query + i * size, size, size, 0);
         }
-        SUITED(NAMED(keep_tokens))(r->by_query, by_query + h * a->query_head, a->query_token, length, size);
+        SUITED(NAMED(keep_tokens))(r->by_query, by_query + h * a->by_query_head, a->by_query_token, length, size);
         for (long j = 0, some; j < length; j += some) {
             some = SUITED(together)(length - j);
             const long corner = j * side + j;
@@ -92,6 +92,6 @@ TARGET static void SUITED(NAMED(attend_backward))(const attention *a, const atte
                                h > 0);
         }
     }
-    SUITED(NAMED(keep_tokens))(r->by_key, by_key, a->key_token, length, size);
-    SUITED(NAMED(keep_tokens))(r->by_value, by_value, a->value_token, length, size);
+    SUITED(NAMED(keep_tokens))(r->by_key, by_key, a->by_key_token, length, size);
+    SUITED(NAMED(keep_tokens))(r->by_value, by_value, a->by_value_token, length, size);
 }

@@ -92,6 +92,33 @@ class Layer:
         return found
 
 
+def alike(layers: Sequence[Layer], hidden: int) -> bool:
+    """Whether the shapes of all layers are those of one transformer, which the kernel takes them for.
+
+    Args:
+        hidden: numbers of a state.
+    """
+    first = layers[0]
+    rows, shared, columns, size = first.keys.shape
+    mixed, inner = len(first.query.weight), len(first.gate.weight)
+    weights = [
+        (mixed, hidden),
+        *[(shared * size, hidden)] * 2,
+        (hidden, mixed),
+        *[(inner, hidden)] * 2,
+        (hidden, inner),
+    ]
+    fit = mixed % (shared * size) == 0 and rows <= FEW and size <= LONGEST and size % 2 == 0
+    for layer in layers:
+        found = [tuple(one.weight.shape) for group in layer.groups() for one in group]
+        caches = {tuple(layer.keys.shape), tuple(layer.values.shape)} == {(rows, shared, columns, size)}
+        norms = [len(layer.first_norm), len(layer.second_norm)] == [hidden, hidden]
+        of_heads = all(norm is None or len(norm) == size for norm in (layer.query_norm, layer.key_norm))
+        fit = fit and found == weights and caches and norms and of_heads and layer.keys.is_contiguous()
+        fit = fit and layer.values.is_contiguous()
+    return fit
+
+
 _WHOLE = ("layers", "rows", "side", "hidden", "heads", "shared", "size", "columns", "threads", "narrow")
 _STRIDES = ("scores_row", "packed_row")
 _ROOMS = ("states", "given", "queries", "keys", "values", "gates", "ups", "low", "scores", "packed")
@@ -134,7 +161,7 @@ class Decoding:
         """
         first = layers[0]
         self._kept = layers, last_norm, angles  # what the tables point to
-        self._table = torch.tensor([layer.words() for layer in layers])
+        self._table = torch.tensor([layer.words() for layer in layers], dtype=torch.int64, device="cpu")
         self._threads = 0
         self._rooms: dict[str, Tensor] = {}
         rows, shared, columns, size = first.keys.shape
@@ -154,8 +181,13 @@ class Decoding:
 
         Returns:
             Float32 `[n, hidden]` after the last norm.
+
+        Raises:
+            ValueError: more rows than the cache has.
         """
         step, rows = self._step, len(states)
+        if rows > self._kept[0][0].keys.shape[0]:
+            raise ValueError(f"a step of {rows} rows over a cache of {self._kept[0][0].keys.shape[0]}")
         step.rows, step.side = rows, filled_up(rows)
         self._make_room(max(1, min(torch.get_num_threads(), step.hidden // OF_A_THREAD)))
         given = self._side_by_side("states")
@@ -192,7 +224,7 @@ class Decoding:
             "packed": threads * step.packed_row if first.query.weight.dtype == torch.bfloat16 else 0,
         }
         # Zeros: of rows that only fill up, something finite is computed.
-        whole = torch.zeros(sum(sizes.values()))
+        whole = first.first_norm.new_zeros(sum(sizes.values()))
         self._rooms = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
         for name, room in self._rooms.items():
             setattr(step, name, room.data_ptr())
@@ -213,11 +245,18 @@ def few_rows(states: Tensor, layer: Linear) -> Tensor:
     """`x W^T + b` of a layer that fits and has no adapter, in the weight's dtype.
 
     Args:
-        states: x, `[..., in]`; not more than a few rows, since the kernel reads the weight once for all of them.
+        states: x, `[..., in]`, at most `FEW` rows.
+
+    Raises:
+        ValueError: more rows, or a layer with an adapter.
     """
     weight, bias, threads = layer.weight, layer.bias, torch.get_num_threads()
     features, width = weight.shape
     rows = states.numel() // width
+    if rows > FEW or layer.down is not None:
+        raise ValueError(
+            f"{rows} rows by a layer with an adapter of rank {layer.rank}: the kernel is for {FEW} and none"
+        )
     given = states.reshape(rows, width).to(weight.dtype).float().contiguous()
     out = given.new_empty(*states.shape[:-1], features, dtype=weight.dtype)
     packed = threads if weight.dtype == torch.bfloat16 else 0

@@ -36,8 +36,9 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Te
     if function is None:
         return None
     rows, vocabulary = logits.shape
-    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    sums = torch.empty(rows, -(-vocabulary // BLOCK))
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    logprobs = logits.new_empty(rows, dtype=torch.float32)
+    sums = logprobs.new_empty(rows, -(-vocabulary // BLOCK))
     numbers = None if uniform is None else uniform.double().contiguous()
     pointers = [0 if t is None else t.data_ptr() for t in (logits, numbers, tokens, logprobs, sums)]
     function(*pointers, rows, vocabulary, 1.0 / temperature, torch.get_num_threads())

@@ -61,4 +61,12 @@
 #undef EVEN
 #undef ODD
 
+#ifndef LANES_KNOWN
 #define LANES_KNOWN
+/* A kernel as it is for this processor. */
+#ifdef GENERATIONS
+#define BEST(kernel) (is_v4() ? JOIN(kernel, _v4) : is_v3() ? JOIN(kernel, _v3) : JOIN(kernel, _any))
+#else
+#define BEST(kernel) JOIN(kernel, _any)
+#endif
+#endif

@@ -1,8 +1,8 @@
-/* Elementwise passes of training on a CPU, each in one walk over memory.
+/* What training and decoding on a CPU spend their time on beside large products.
  *
  * Plain C: no header of torch or Python, so that one build serves every version of both. The functions that the library
- * exports take raw pointers, sizes and the number of threads; kernels/elementwise.py checks tensors and calls them.
- * Numbers are computed in float32 and rounded once, to the dtype of the output. NaN and infinities pass through.
+ * exports take raw pointers, sizes and the number of threads; the Python files beside this one check tensors and call them.
+ * Numbers are computed in float32 and rounded to the dtype of the output. NaN and infinities pass through.
  */
 #include <stdint.h>
 #include <math.h>

@@ -5,15 +5,9 @@ typedef void (*NAMED(scores_function))(const float *, const NUMBER *, long, long
 typedef void (*NAMED(mixed_function))(const float *, const NUMBER *, long, long, float *, const NUMBER *);
 
 /* The kernels for this processor. */
-#ifdef GENERATIONS
-#define BEST(kernel) (is_v4() ? JOIN(NAMED(kernel), _v4) : is_v3() ? JOIN(NAMED(kernel), _v3) : JOIN(NAMED(kernel), _any))
-#else
-#define BEST(kernel) JOIN(NAMED(kernel), _any)
-#endif
-static NAMED(product_function) NAMED(best_product)(void) { return BEST(product); }
-static NAMED(scores_function) NAMED(best_scores)(void) { return BEST(scores); }
-static NAMED(mixed_function) NAMED(best_mixed)(void) { return BEST(mixed); }
-#undef BEST
+static NAMED(product_function) NAMED(best_product)(void) { return BEST(NAMED(product)); }
+static NAMED(scores_function) NAMED(best_scores)(void) { return BEST(NAMED(scores)); }
+static NAMED(mixed_function) NAMED(best_mixed)(void) { return BEST(NAMED(mixed)); }
 
 /* A number as its dtype holds it. */
 INLINE float NAMED(rounded)(float f) {

@@ -5,6 +5,7 @@
 typedef struct {
     long sequences, heads, shared, size, longest, threads;
     long query_token, query_head, key_token, key_head, value_token, value_head, mixed_token, mixed_head;
+    long by_query_token, by_query_head, by_key_token, by_key_head, by_value_token, by_value_head;
     const long *first;
     float *room;
     float scaling;

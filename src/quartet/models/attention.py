@@ -1,5 +1,5 @@
-"""Attention in the layouts of `layout.py`, and of short sequences in bfloat16 on the CPU, where the fused kernel's backward is
-slow."""
+"""Attention in the layouts of `layout.py`, and of short sequences on the CPU: by a kernel, or without one in bfloat16, where
+torch's backward is slow, by plain products."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ LONGEST = 256
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
-    """Let the attention of a model that computes with `sdpa` know sequences side by side, and take plain matrix products where
-    they are faster: short causal sequences in bfloat16 on the CPU, where gradients are taken. A decoding step is
-    `sdpa` without copies of keys; all else goes on to it unchanged."""
+    """Let the attention of a model that computes with `sdpa` know sequences side by side.
+
+    Short causal sequences are computed by a kernel on the CPU, where gradients are taken, or without one, in bfloat16, by plain
+    matrix products. A decoding step is `sdpa` without copies of keys; all else goes on to it unchanged."""
     if model.config._attn_implementation != "sdpa":
         return
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -40,7 +41,7 @@ def use_own_attention(model: PreTrainedModel) -> None:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """As for `sdpa`; side by side, each sequence has a row of its own inside the attention and needs none."""
+    """As for `sdpa`; side by side, each sequence is told apart inside the attention, which needs none."""
     mask: Tensor | None = None if packed_now() is not None else sdpa_mask(*args, **kwargs)
     return mask
 
@@ -118,10 +119,7 @@ def _by_kernel(
     dtype = _computed_in(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if packed is None:
-        flat = as_one_row(query), as_one_row(key), as_one_row(value)
-        if flat[0] is None or flat[1] is None or flat[2] is None:
-            return None
-        query, key, value = flat[0], flat[1], flat[2]
+        query, key, value = as_one_row(query), as_one_row(key), as_one_row(value)
         bounds, longest = torch.arange(rows + 1) * length, length
     else:
         bounds, longest = packed.bounds, packed.length

@@ -30,12 +30,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     return apply(query, key, value, bounds, longest, scaling)
 
 
-def as_one_row(states: Tensor) -> Tensor | None:
-    """`[n, heads, L, d]` as `[1, heads, n * L, d]` in the same memory; None where it does not lie so."""
+def as_one_row(states: Tensor) -> Tensor:
+    """`[n, heads, L, d]` as `[1, heads, n * L, d]`: in the same memory where it lies so, else a copy."""
     rows, heads, length, size = states.shape
-    if rows > 1 and states.stride(0) != length * states.stride(2):
-        return None
-    return states.as_strided((1, heads, rows * length, size), (0, *states.stride()[1:]))
+    return states.transpose(1, 2).reshape(1, rows * length, heads, size).transpose(1, 2)
 
 
 class _Causal(torch.autograd.Function):

@@ -144,7 +144,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout(Layout):
-    """n sequences side by side in one row. Attention alone sees them one a row; the last layer's MLP and the heads see only
+    """n sequences side by side in one row. Attention alone tells them apart; the last layer's MLP and the heads see only
     the tokens whose states are read: from each prompt's last token on."""
 
     tokens: Tensor

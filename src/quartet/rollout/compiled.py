@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.modules.module as global_hooks
+import transformers
 from torch import Tensor, nn
 
 from quartet import kernels
+from quartet.models.attention import NAME
 from quartet.models.fused import GATED, RMS_NORM, library_kind
 from quartet.models.gated import is_silu
 from quartet.models.linears import is_replaced
@@ -26,21 +31,33 @@ class _Known:
 
     lines: tuple[str, ...]
     names: frozenset[str]
-    assigned: tuple[str, int] = ("", 0)
-    """A variable that is assigned so many times, and not once more."""
+    mentions: tuple[tuple[str, int], ...] = ()
+    """How often it mentions what it computes: once more, and it does more to it than the lines say."""
 
     def describes(self, module: Any) -> bool:
         """Whether the source of a module's forward says so, and it is what a call runs."""
-        try:
-            source = inspect.getsource(inspect.unwrap(library_kind(type(module)).forward))
-        except (AttributeError, OSError, TypeError):
-            return False
-        name, times = self.assigned
-        often = not times or len(re.findall(rf"^ *{name} = ", source, re.MULTILINE)) == times
-        lines = all(line in source for line in self.lines)
+        source = _source(getattr(library_kind(type(module)), "forward", None))
+        lines = bool(source) and all(line in source for line in self.lines)
+        often = all(len(re.findall(rf"\b{word}\b", source)) == times for word, times in self.mentions)
         return lines and often and self.names.issuperset(SELF.findall(source)) and not is_replaced(module)
 
 
+@cache
+def _source(forward: Any) -> str:
+    """The source of a forward without comments; none where another library's function stands around it."""
+    try:
+        inner = inspect.unwrap(forward, stop=lambda one: not _is_librarys(one))
+        return re.sub(r" *#.*", "", inspect.getsource(inner)) if _is_librarys(inner) else ""
+    except (AttributeError, OSError, TypeError):
+        return ""
+
+
+def _is_librarys(function: Any) -> bool:
+    """Whether a function was written in transformers: what stands around another takes its name and module along."""
+    return Path(function.__code__.co_filename).is_relative_to(TRANSFORMERS)
+
+
+TRANSFORMERS = Path(transformers.__file__).resolve().parent
 SELF = re.compile(r"\bself\.(\w+)")
 TRANSFORMER = _Known(
     (
@@ -51,7 +68,7 @@ TRANSFORMER = _Known(
         "hidden_states = self.norm(hidden_states)\n",
     ),
     frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config", "has_sliding_layers")),
-    ("hidden_states", 3),
+    (("hidden_states", 7), ("position_embeddings", 3)),
 )
 """The forward of a transformer; then those of its parts."""
 LAYER = _Known(
@@ -64,16 +81,16 @@ LAYER = _Known(
         "hidden_states = self.mlp(hidden_states)\n",
     ),
     frozenset(("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")),
-    ("hidden_states", 5),
+    (("hidden_states", 17), ("residual", 4)),
 )
 _ATTENTION = (
-    "hidden_shape = (*input_shape, -1, self.head_dim)",
-    "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-    "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)",
-    "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)",
-    "dropout=0.0 if not self.training else self.attention_dropout,",
-    "scaling=self.scaling,",
-    "attn_output = self.o_proj(attn_output)",
+    "hidden_shape = (*input_shape, -1, self.head_dim)\n",
+    "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
+    "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n",
+    "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)\n",
+    "dropout=0.0 if not self.training else self.attention_dropout,\n",
+    "scaling=self.scaling,\n",
+    "attn_output = self.o_proj(attn_output)\n",
 )
 _OF_ATTENTION = frozenset(
     (
@@ -81,28 +98,33 @@ _OF_ATTENTION = frozenset(
         *("q_proj", "k_proj", "v_proj", "o_proj"),
     )
 )
-_MIXED = ("attn_output", 2)
+_STATES = (
+    *(("query_states", 4), ("key_states", 6), ("value_states", 4), ("attn_output", 6), ("cos", 2), ("sin", 2)),
+    *(("hidden_states", 5), ("position_embeddings", 2)),
+)
 ATTENTION = _Known(
     (
         *_ATTENTION,
-        "query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+        "query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
+        "key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
     ),
     _OF_ATTENTION,
-    _MIXED,
+    _STATES,
 )
 NORMED_ATTENTION = _Known(
     (
         *_ATTENTION,
-        "query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
-        "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)",
+        "query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)\n",
+        "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)\n",
     ),
     _OF_ATTENTION | {"q_norm", "k_norm"},
-    _MIXED,
+    _STATES,
 )
 MLP = _Known((GATED,), frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")))
 NORM = _Known(RMS_NORM, frozenset(("weight", "variance_epsilon")))
 
+ATTENTIONS = frozenset((NAME, "sdpa", "eager"))
+"""Implementations of attention, all of which compute the same."""
 STEADY = frozenset(("default", "linear", "llama3", "yarn"))
 """Rotary embeddings that are the same however long the sequence has become."""
 
@@ -143,22 +165,27 @@ def compiled_step(
         return None
     if not TRANSFORMER.describes(transformer) or _hooked(transformer) or is_replaced(first):
         return None
-    if first.weight.dtype not in (torch.float32, dtype) or cache.shape[0] > kernels.FEW:
+    if first.weight.dtype not in (torch.float32, dtype) or whole.config._attn_implementation not in ATTENTIONS:
+        return None
+    if not len(whole.layers) == len(patterns) == len(cache.layers) or not NORM.describes(whole.norm):
         return None
     layers = [_layer(*one, dtype) for one in zip(whole.layers, patterns, cache.layers, strict=True)]
-    known = [layer for layer in layers if layer is not None]
-    norms = [module for module in whole.modules() if NORM.describes(module)]
-    eps = {module.variance_epsilon for module in norms}
-    scaling = {layer.self_attn.scaling for layer in whole.layers}
-    if len(known) < len(layers) or not NORM.describes(whole.norm) or len(eps) != 1 or len(scaling) != 1:
+    known, angles = [layer for layer in layers if layer is not None], _angles(whole, cache)
+    if len(known) < len(layers) or angles is None or not kernels.alike(known, first.weight.shape[1]):
         return None
-    heads = len(known[0].query.weight) // known[0].keys.shape[-1]
-    narrow = first.weight.dtype != torch.float32
-    angles = _angles(whole, cache)
-    if angles is None:
+    eps = {module.variance_epsilon for module in whole.modules() if NORM.describes(module)}
+    scaling = {layer.self_attn.scaling for layer in whole.layers}
+    size = known[0].keys.shape[-1]
+    if len(eps) != 1 or len(scaling) != 1 or angles[0].shape != angles[1].shape or angles[0].shape[1] != size:
         return None
     decoding = kernels.Decoding(
-        known, _float(whole.norm), angles, heads=heads, eps=eps.pop(), scaling=scaling.pop(), narrow=narrow
+        known,
+        _float(whole.norm),
+        angles,
+        heads=len(known[0].query.weight) // size,
+        eps=eps.pop(),
+        scaling=scaling.pop(),
+        narrow=first.weight.dtype != torch.float32,
     )
     return CompiledStep(whole, decoding)
 
@@ -192,9 +219,7 @@ def _layer(layer: Any, pattern: Pattern, cache: Any, dtype: torch.dtype) -> kern
     if query is None or key is None or value is None or out is None or gate is None or up is None or down is None:
         return None
     keys, values = cache.keys, cache.values
-    if not all(NORM.describes(norm) for norm in norms) or keys.dtype != dtype or keys.shape != values.shape:
-        return None
-    if keys.shape[-1] % 2 or keys.shape[-1] > kernels.LONGEST:
+    if not all(NORM.describes(norm) for norm in norms) or keys is None or keys.dtype != dtype or values.dtype != dtype:
         return None
     first, second, *of_heads = (_float(norm) for norm in norms)
     of_query, of_key = of_heads or (None, None)
@@ -210,4 +235,6 @@ def _float(norm: Any) -> Tensor:
 
 def _hooked(transformer: nn.Module) -> bool:
     """Whether something waits for the call of a module."""
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return True
     return any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())

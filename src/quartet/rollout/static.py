@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ PREFILL_WASTE = 0.25
 """Largest share of padding in it."""
 REFILL_SHARE = 8
 """Prompts wait until one in so many rows is free."""
+
+_log = logging.getLogger("quartet")
 
 
 @dataclass
@@ -88,12 +91,16 @@ class StaticEngine:
         self._recorder: Callable[[], Recorder] | None = None
         self._say: Callable[[str], None] = print
         self._seen: set[Shape] = set()
+        decoder = self._decoder
         with generating(policy, merged=merged):
-            try:
-                check(self._decoder, policy)
-            except NotDrivable:  # perhaps layer by layer
-                self._decoder.compiles = False
-                check(self._decoder, policy)
+            for decoder.compiles in (False, True):
+                try:
+                    check(decoder, policy)
+                except NotDrivable as error:
+                    if not decoder.compiles:
+                        raise
+                    decoder.compiles = False
+                    _log.warning("The compiled decoding step is not used, rollouts take longer: %s", error)
 
     def record_with(self, recorder: Callable[[], Recorder], say: Callable[[str], None] = print) -> None:
         """Record decoding steps and play them back.
