@@ -7,6 +7,7 @@ and the stages are those of `quartet train`, without its checkpoints, evaluation
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import tempfile
@@ -143,6 +144,7 @@ def main() -> None:
     if options.quantization is not None:
         import bitsandbytes  # noqa: F401 - libraries belong to the floor
     warm_up()
+    gc.freeze()  # as the command does after its imports
     probe = Probe(sample=options.sample_memory)
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         config = configuration(options, Path(folder))

@@ -225,12 +225,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Do not look for garbage in the block: among the many objects that an import makes, which stay, that takes seconds."""
+    """Do not look for garbage among the many objects that the imports in the block make, which stay: there that takes seconds, and
+    later on a fifth of a second each time that all objects are looked over."""
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if collects:
             gc.enable()
 
