@@ -39,7 +39,7 @@ KINDS = {
     ],
     "copies, conversions": _COPIES.split(),
     "optimizer": ["_fused_adamw", "_foreach_mul", "_foreach_norm"],
-    "kernels": ["GatedMLP", "_RMSNorm", "_Turned"],
+    "kernels": ["GatedMLP", "_RMSNorm", "_Turned", "_Causal", "decode", "few_rows", "draw"],
 }
 """Kinds of operations, by name without namespace and without what marks one that writes in place or a gradient."""
 CASES = {

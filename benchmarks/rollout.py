@@ -17,6 +17,8 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,9 +87,36 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 "whole": whole,
                 "step": (whole - one) / (length - 1),
                 "gap": total / tokens,
-                **profiled(True, lambda engine=engine: engine.generate(prompts)),
             }
+            with kernels_by_name():
+                found[name] |= profiled(True, lambda engine=engine: engine.generate(prompts))
         return found
+
+
+@contextmanager
+def kernels_by_name() -> Iterator[None]:
+    """Let torch's profiler know compiled kernels, which it does not see otherwise."""
+    from torch.profiler import record_function
+
+    from quartet.kernels import decoding, drawing
+
+    find = decoding.kernel
+
+    def named(name: str) -> Callable[..., None] | None:
+        function = find(name)
+
+        def call(*given: Any) -> None:
+            assert function is not None
+            with record_function(name.rpartition("_")[0]):
+                function(*given)
+
+        return None if function is None else call
+
+    decoding.kernel = drawing.kernel = named
+    try:
+        yield
+    finally:
+        decoding.kernel = drawing.kernel = find
 
 
 def worker() -> None:

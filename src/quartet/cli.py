@@ -225,8 +225,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Do not look for garbage among the many objects that the imports in the block make, which stay: there that takes seconds, and
-    later on a fifth of a second each time that all objects are looked over."""
+    """Do not look for garbage among the many objects that the imports in the block make, which stay.
+
+    In the block that takes seconds, and later on a fifth of a second each time that all objects are looked over."""
     collects = gc.isenabled()
     gc.disable()
     try:
