@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from quartet import kernels
 from quartet.memory.choices import Choices, Workload
 from quartet.memory.trace import CACHE, SETUP, MemoryTrace
 from quartet.models.roles import Roles
@@ -96,7 +97,10 @@ def _preallocated(trace: MemoryTrace, decoder: Decoder, roles: Roles, workload: 
     trace.stage = "decoding"
     trace.enter("policy embeddings")
     counts = torch.empty(rows, dtype=torch.int64)
+    products = set(trace.products)
     _draw(roles, decoder.step(cache, counts, counts.clone(), rounded(workload.longest)), workload)
+    if rows <= kernels.FEW and kernels.decodes(roles.policy.backbone.dtype):
+        trace.products = products  # few rows are not multiplied by oneDNN, and leave none of its kernels
 
 
 def _prefill(decoder: Decoder, cache: Any, roles: Roles, rows: int, workload: Workload) -> None:
