@@ -43,7 +43,13 @@ KINDS = {
 }
 """Kinds of operations, by name without namespace and without what marks one that writes in place or a gradient."""
 CASES = {
-    f"{size} {'full' if plan == 'separate' else 'LoRA'}, {dtype}": (size, plan, dtype)
+    f"{size}{', ends early,' if early else ''} {'full' if plan == 'separate' else 'LoRA'}, {dtype}": (
+        size,
+        plan,
+        dtype,
+        early,
+    )
+    for early in (False, True)
     for size in ("S", "M")
     for plan in ("separate", "paired")
     for dtype in ("float32", "bfloat16")
@@ -74,14 +80,16 @@ def main() -> None:
     """Profile every case; print the table."""
     options = parser(__doc__).parse_args()
     chosen = chosen_cases(options, CASES)
-    make_models(options, sorted({size for size, _, _ in chosen.values()}), early=False)
+    for early in (False, True):
+        make_models(options, sorted({size for size, _, _, of in chosen.values() if of is early}), early=early)
     print(heading({"quartet": own_versions()}, options.threads))
     print("| update, one epoch | seconds | " + " | ".join([*KINDS, "rest"]) + " |")
     print("|---|---|" + "---|" * (len(KINDS) + 1))
     rows = []
-    for name, (size, plan, dtype) in chosen.items():
+    for name, (size, plan, dtype, early) in chosen.items():
         arguments = ["--root", str(options.models / size), "--plan", plan, "--dtype", dtype, "--parallel", "false"]
         arguments += ["--iterations", "2", "--epochs", "1", "--profile"]
+        arguments += ["--policy", "policy-early", "--stop", "eos"] if early else []
         found = run_worker(sys.executable, "quartet_worker.py", arguments, options.threads)["iterations"][-1]["profile"]
         rows.append({"name": name, "shares": shares(found), **found})
         cells = " | ".join(f"{share:.0%}" for share in rows[-1]["shares"].values())
