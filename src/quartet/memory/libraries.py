@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from quartet.distributed import CUTTING
+from quartet.kernels import decodes
 from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.choices import Choices, Workload, torch_dtype
 from quartet.memory.figures import RoleBytes
@@ -20,6 +21,9 @@ LIBRARIES = 22 * 2**20
 """On a CPU: anonymous memory that libraries take on first use and keep (packing buffers of MKL and oneDNN, model code
 imported at loading), with one thread. Measured at 14 to 35 MiB with models of 15 to 110 million parameters; see
 benchmarks/memory_plan.py."""
+FEW_ROWS = {"float32": 7 * 2**20, "bfloat16": 5 * 2**20}
+"""The part of that, and of `IN_BFLOAT16`, which oneDNN takes for products of few rows: not there where compiled kernels decode,
+as measured there; runs with a process engine and quantized layers keep it."""
 WITH_QUANTIZATION = {"4bit": 16 * 2**20, "torchao-int8": 14 * 2**20}
 """The same where frozen layers are quantized, as measured there; 8 bit keeps as much as float32."""
 SECOND_THREAD = 8 * 2**20
@@ -103,6 +107,8 @@ def libraries_in_phases(choices: Choices, objects: float) -> float:
     kept = WITH_QUANTIZATION.get(choices.quantization or "", LIBRARIES) + threads
     if choices.dtype == "bfloat16" and choices.quantization is None:
         kept = AT_LOAD + ADAPTERS_AT_LOAD * (choices.lora is not None) + int(objects) + IN_BFLOAT16
+    if choices.engine == "none" and choices.quantization is None and decodes(torch_dtype(choices.dtype)):
+        kept -= FEW_ROWS[choices.dtype]
     return kept + WITH_ENGINE * (choices.engine != "none")
 
 
