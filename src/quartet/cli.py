@@ -227,7 +227,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _uncollected() -> Iterator[None]:
     """Do not look for garbage among the many objects that the imports in the block make, which stay.
 
-    In the block that takes seconds, and later on a fifth of a second each time that all objects are looked over."""
+    In the block that takes seconds, and later on a part of one each time that all objects are looked over.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:

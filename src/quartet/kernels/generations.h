@@ -1,8 +1,8 @@
-/* `products.h` for each generation of processors, with
+/* `generation.h` for each generation of processors, with
  *
  *   SUITED(name)      a name of its own
  *   TARGET            what tells the compiler of it
- *   LANES, TILE        numbers in a vector, and features of a tile: its sums stay in registers
+ *   LANES, TILE       numbers in a vector, and features of a tile: its sums stay in registers
  *   EVEN, ODD         every second number of a pair of vectors
  */
 #ifdef GENERATIONS
@@ -12,17 +12,7 @@
 #define TILE 12
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#ifndef LANES_KNOWN
-#include "lanes.h"
-#endif
-#include "products.h"
-#include "attention.h"
-#undef SUITED
-#undef TARGET
-#undef LANES
-#undef TILE
-#undef EVEN
-#undef ODD
+#include "generation.h"
 
 #define SUITED(name) JOIN(name, _v3)
 #define TARGET __attribute__((target("arch=x86-64-v3")))
@@ -30,17 +20,7 @@
 #define TILE 6
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
-#ifndef LANES_KNOWN
-#include "lanes.h"
-#endif
-#include "products.h"
-#include "attention.h"
-#undef SUITED
-#undef TARGET
-#undef LANES
-#undef TILE
-#undef EVEN
-#undef ODD
+#include "generation.h"
 #endif
 
 #define SUITED(name) JOIN(name, _any)
@@ -49,17 +29,7 @@
 #define TILE 6
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
-#ifndef LANES_KNOWN
-#include "lanes.h"
-#endif
-#include "products.h"
-#include "attention.h"
-#undef SUITED
-#undef TARGET
-#undef LANES
-#undef TILE
-#undef EVEN
-#undef ODD
+#include "generation.h"
 
 #ifndef LANES_KNOWN
 #define LANES_KNOWN

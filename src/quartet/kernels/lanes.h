@@ -20,64 +20,31 @@ INLINE SUITED(lanes) SUITED(neighbours)(SUITED(lanes) a, SUITED(lanes) b) {
 #endif
 }
 
-/* out[n][m] = sum_k w[n][k] x[k][m] for some features n and one or two vectors of rows m. The weights that come `next`, `size`
- * bytes each, are asked for meanwhile. */
-TARGET INLINE void SUITED(tile)(const int features, const int vectors, const float *x, long rows, const float *w, long w_row,
-                                long width, float *out, int add, const char *next, long next_row, long size) {
+/* out[n][m] = sum_k w[n * w_row + k * w_step] x[k][m] for some features n and one or two vectors of columns m; numbers from one
+ * row of x and of `out` to the next are given. Unless null, the weights that come `next`, of `size` bytes each, are asked for
+ * meanwhile. */
+TARGET INLINE void SUITED(tile)(const int features, const int vectors, const float *x, long x_row, const float *w, long w_row,
+                                long w_step, long width, float *out, long out_row, int add, const char *next, long next_row,
+                                long size) {
     SUITED(lanes) sum[2 * TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < features * vectors; i++) sum[i] = (SUITED(lanes)){0};
     const float *second = w + (features > 4 ? 4 : 0) * w_row, *third = w + (features > 8 ? 8 : 0) * w_row;
-    for (long start = 0; start < width; start += STEP) {
-        const long end = start + STEP < width ? start + STEP : width;
-        for (long n = 0; n < features; n++) __builtin_prefetch(next + n * next_row + start * size, 0, 3);
+    const long step = next ? STEP : width;
+    for (long start = 0; start < width; start += step) {
+        const long end = start + step < width ? start + step : width;
+        for (long n = 0; next && n < features; n++) __builtin_prefetch(next + n * next_row + start * size, 0, 3);
         for (long k = start; k < end; k++) {
             SUITED(lanes) row[2];
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) row[v] = SUITED(load_f32)(x + k * rows + v * LANES);
+            for (int v = 0; v < vectors; v++) row[v] = SUITED(load_f32)(x + k * x_row + v * LANES);
 #pragma GCC unroll 12
             for (int n = 0; n < features; n++) {
-                const float weight = n < 4 ? w[n * w_row + k] : n < 8 ? second[(n - 4) * w_row + k] : third[(n - 8) * w_row + k];
+                const float *one = n < 4 ? w + n * w_row : n < 8 ? second + (n - 4) * w_row : third + (n - 8) * w_row;
+                const float weight = one[k * w_step];
 #pragma GCC unroll 2
                 for (int v = 0; v < vectors; v++) sum[n * vectors + v] += row[v] * weight;
             }
-        }
-    }
-#pragma GCC unroll 12
-    for (int n = 0; n < features; n++)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) {
-            float *o = out + n * rows + v * LANES;
-            SUITED(store)(o, add ? sum[n * vectors + v] + SUITED(load_f32)(o) : sum[n * vectors + v]);
-        }
-}
-
-/* All rows, whose number is a multiple of LANES. */
-TARGET INLINE void SUITED(tiles)(const int features, const float *x, long rows, const float *w, long w_row, long width, float *out,
-                                 int add, const char *next, long next_row, long size) {
-    long m = 0;
-    for (; m + 2 * LANES <= rows; m += 2 * LANES)
-        SUITED(tile)(features, 2, x + m, rows, w, w_row, width, out + m, add, next, next_row, size);
-    if (m < rows) SUITED(tile)(features, 1, x + m, rows, w, w_row, width, out + m, add, next, next_row, size);
-}
-
-/* As `tile` without asking for anything, of weights w[n * w_row + k * w_step] and rows of x and `out` that are further apart. */
-TARGET INLINE void SUITED(dense_tile)(const int features, const int vectors, const float *x, long x_row, const float *w, long w_row,
-                                      long w_step, long width, float *out, long out_row, int add) {
-    SUITED(lanes) sum[2 * TILE];
-#pragma GCC unroll 24
-    for (int i = 0; i < features * vectors; i++) sum[i] = (SUITED(lanes)){0};
-    const float *second = w + (features > 4 ? 4 : 0) * w_row, *third = w + (features > 8 ? 8 : 0) * w_row;
-    for (long k = 0; k < width; k++) {
-        SUITED(lanes) row[2];
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) row[v] = SUITED(load_f32)(x + k * x_row + v * LANES);
-#pragma GCC unroll 12
-        for (int n = 0; n < features; n++) {
-            const float *one = n < 4 ? w + n * w_row : n < 8 ? second + (n - 4) * w_row : third + (n - 8) * w_row;
-            const float weight = one[k * w_step];
-#pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) sum[n * vectors + v] += row[v] * weight;
         }
     }
 #pragma GCC unroll 12
@@ -89,34 +56,37 @@ TARGET INLINE void SUITED(dense_tile)(const int features, const int vectors, con
         }
 }
 
-TARGET INLINE void SUITED(dense_tiles)(const int features, const float *x, long x_row, const float *w, long w_row, long w_step,
-                                       long width, float *out, long out_row, long columns, int add) {
+/* Some columns, a multiple of LANES. */
+TARGET INLINE void SUITED(tiles)(const int features, const float *x, long x_row, const float *w, long w_row, long w_step,
+                                 long width, float *out, long out_row, long columns, int add, const char *next, long next_row,
+                                 long size) {
     long m = 0;
     for (; m + 2 * LANES <= columns; m += 2 * LANES)
-        SUITED(dense_tile)(features, 2, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add);
-    if (m < columns) SUITED(dense_tile)(features, 1, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add);
+        SUITED(tile)(features, 2, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, size);
+    if (m < columns)
+        SUITED(tile)(features, 1, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, size);
 }
 
 /* out[n][m] = sum_k w[n][k] x[k][m] of TILE, 4 or 1 features and some columns, a multiple of LANES. */
 TARGET static void SUITED(by_rows)(long features, const float *x, long x_row, const float *w, long w_row, long width, float *out,
                                    long out_row, long columns, int add) {
     if (features == TILE)
-        SUITED(dense_tiles)(TILE, x, x_row, w, w_row, 1, width, out, out_row, columns, add);
+        SUITED(tiles)(TILE, x, x_row, w, w_row, 1, width, out, out_row, columns, add, 0, 0, 0);
     else if (features == 4)
-        SUITED(dense_tiles)(4, x, x_row, w, w_row, 1, width, out, out_row, columns, add);
+        SUITED(tiles)(4, x, x_row, w, w_row, 1, width, out, out_row, columns, add, 0, 0, 0);
     else
-        SUITED(dense_tiles)(1, x, x_row, w, w_row, 1, width, out, out_row, columns, add);
+        SUITED(tiles)(1, x, x_row, w, w_row, 1, width, out, out_row, columns, add, 0, 0, 0);
 }
 
 /* out[n][m] = sum_k w[k][n] x[k][m], likewise. */
 TARGET static void SUITED(by_columns)(long features, const float *x, long x_row, const float *w, long w_step, long width,
                                       float *out, long out_row, long columns, int add) {
     if (features == TILE)
-        SUITED(dense_tiles)(TILE, x, x_row, w, 1, w_step, width, out, out_row, columns, add);
+        SUITED(tiles)(TILE, x, x_row, w, 1, w_step, width, out, out_row, columns, add, 0, 0, 0);
     else if (features == 4)
-        SUITED(dense_tiles)(4, x, x_row, w, 1, w_step, width, out, out_row, columns, add);
+        SUITED(tiles)(4, x, x_row, w, 1, w_step, width, out, out_row, columns, add, 0, 0, 0);
     else
-        SUITED(dense_tiles)(1, x, x_row, w, 1, w_step, width, out, out_row, columns, add);
+        SUITED(tiles)(1, x, x_row, w, 1, w_step, width, out, out_row, columns, add, 0, 0, 0);
 }
 
 /* Features that are computed together where so many are left. */

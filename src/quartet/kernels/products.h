@@ -19,15 +19,15 @@ TARGET INLINE void SUITED(NAMED(features))(const int features, const float *x, l
     const char *next = (const char *)(last ? w : w + features * width);
     const long next_row = width * (long)sizeof(NUMBER);
     if (sizeof(NUMBER) == sizeof(float)) {
-        SUITED(tiles)(features, x, rows, (const float *)w, width, width, out, add, next, next_row, sizeof(NUMBER));
+        SUITED(tiles)(features, x, rows, (const float *)w, width, 1, width, out, rows, rows, add, next, next_row, sizeof(NUMBER));
         return;
     }
     float room[TILE * STRETCH];
     for (long k = 0; k < width; k += STRETCH) {
         const long some = width - k < STRETCH ? width - k : STRETCH;
         SUITED(NAMED(widened))(features, w + k, width, some, room);
-        SUITED(tiles)(features, x + k * rows, rows, room, STRETCH, some, out, add || k, next + k * (long)sizeof(NUMBER), next_row,
-                      sizeof(NUMBER));
+        SUITED(tiles)(features, x + k * rows, rows, room, STRETCH, 1, some, out, rows, rows, add || k,
+                      next + k * (long)sizeof(NUMBER), next_row, sizeof(NUMBER));
     }
 }
 
