@@ -61,23 +61,26 @@ def tiny_run(library: Any, tmp_path: Path) -> TinyRun:
     return make
 
 
-@pytest.fixture(params=["kernels", "torch"])
-def computed_by(request: pytest.FixtureRequest) -> str:
-    """A test runs twice: with the compiled kernels, where there are some, and without."""
-    from quartet.kernels import elementwise
+@pytest.fixture(params=["kernels", "products", "torch"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test runs three times: with compiled kernels, where there are some, with matrix products by kernels too, and with
+    torch's operations alone."""
+    from quartet.kernels import elementwise, multiplying
 
     by: str = request.param
     if by == "torch":
         request.getfixturevalue("without_kernels")
     elif elementwise.kernel("silu_product_f32") is None:
         pytest.skip("no kernels: no compiler was there at installation")
+    monkeypatch.setattr(multiplying, "library_is_slow", lambda: by == "products")
+    monkeypatch.setattr(multiplying, "LEAST", 0)
     return by
 
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler was there at installation."""
-    from quartet.kernels import attending, decoding, drawing, elementwise
+    from quartet.kernels import attending, decoding, drawing, elementwise, multiplying
 
-    for module in (attending, decoding, drawing, elementwise):
+    for module in (attending, decoding, drawing, elementwise, multiplying):
         monkeypatch.setattr(module, "kernel", lambda _: None)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import Pipeline
+from quartet import kernels
 from quartet.config import LoraConfig
-from quartet.models import adapters, linears
+from quartet.kernels import multiplying
+from quartet.models import adapters, products
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.linears import FastLinear, FastLoraLinear, lora_linear, restore_linears, use_fast_linears
 from quartet.models.precision import autocast
@@ -56,14 +58,18 @@ def gradients(model: nn.Module, states: Tensor) -> dict[str, Tensor]:
     return {"result": result.detach(), "states": states.grad} | found
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("library", ["MKL", "oneDNN", "kernels"])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64)])
 @pytest.mark.parametrize("name", [None, "one"])
 def test_results_and_gradients_are_those_of_float64(
-    name: str | None, shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
+    name: str | None, shape: tuple[int, ...], library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On any processor, whichever library it would choose."""
-    monkeypatch.setattr(linears, "_widest_vectors", lambda: onednn)
+    if library == "kernels" and multiplying.kernel("multiply") is None:
+        pytest.skip("no kernels: no compiler was there at installation")
+    monkeypatch.setattr(products, "_widest_vectors", lambda: library == "oneDNN")
+    monkeypatch.setattr(multiplying, "library_is_slow", lambda: library == "kernels")
+    monkeypatch.setattr(multiplying, "LEAST", 0)
     names = () if name is None else (name, "two")
     states = torch.randn(shape)
     exact, fast = make(*names, dtype=torch.float64), make(*names)
@@ -125,9 +131,9 @@ def test_layers_of_others_stay() -> None:
 
 def test_small_products_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     for wide in (True, False):
-        monkeypatch.setattr(linears, "_widest_vectors", lambda wide=wide: wide)
+        monkeypatch.setattr(products, "_widest_vectors", lambda wide=wide: wide)
         model = make()
-        assert [linears.has_onednn(layer.weight) for layer in (model.up, model.wide, model.small)] == [
+        assert [products.has_onednn(layer.weight) for layer in (model.up, model.wide, model.small)] == [
             wide,
             wide,
             False,
@@ -206,11 +212,20 @@ def test_only_plain_layers_are_taken_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "intel", "unused"), [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)]
+    ("capability", "intel", "unused", "slow"),
+    [
+        ("AVX512", False, True, False),
+        ("AVX512", True, False, False),
+        ("AVX2", False, False, True),
+        ("AVX2", True, False, False),
+        ("DEFAULT", False, False, False),
+    ],
 )
-def test_mkl_leaves_vectors_unused_on_other_makers_processors(
-    capability: str, intel: bool, unused: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_mkl_leaves_unused_on_other_makers_processors(
+    capability: str, intel: bool, unused: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(linears, "_is_intel", lambda: intel)
-    assert linears._widest_vectors.__wrapped__() is unused
+    monkeypatch.setattr(multiplying, "is_intel", lambda: intel)
+    monkeypatch.setattr(kernels, "is_intel", lambda: intel)
+    assert products._widest_vectors.__wrapped__() is unused
+    assert multiplying.library_is_slow.__wrapped__() is slow

@@ -144,7 +144,9 @@ def test_merged_layers_give_the_same_with_one_product(
         with counter:
             found = model(states)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 == held else 0.2)
-    assert counter.count == (4 if computed_by == "torch" else 1)  # one for each layer, three of which a kernel computes
+    # One for each layer, three of which a kernel computes; torch does a plain one if it has no fast products in bfloat16.
+    slow = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert counter.count == (4 if computed_by == "torch" else 1 + slow)
     assert replaced(model) == set()
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0]

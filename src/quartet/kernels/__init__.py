@@ -8,12 +8,14 @@ from quartet.kernels.attending import attention, attention_fits, attention_gradi
 from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, alike, decodes, few_rows
 from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
+from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply, room_of_products
 
 __all__ = [
     "FEW",
     "Decoding",
     "Layer",
     "Linear",
+    "Term",
     "alike",
     "attention",
     "attention_fits",
@@ -21,8 +23,12 @@ __all__ = [
     "decodes",
     "draw",
     "few_rows",
+    "is_intel",
+    "multiplies",
+    "multiply",
     "rms_norm",
     "rms_norm_gradient",
+    "room_of_products",
     "rotary",
     "rotary_fits",
     "silu_gradient",

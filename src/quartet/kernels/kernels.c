@@ -96,6 +96,7 @@ INLINE float sigmoid(float x) {
 #endif
 #include "few_rows.h"
 #include "sequences.h"
+#include "terms.h"
 #ifdef TILES
 #include "amx.h"
 #endif
@@ -109,6 +110,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #define NAMED(kernel) kernel##_f32
 #include "typed.h"
 #include "generations.h"
+#include "multiplying.h"
 #include "attending.h"
 #include "linear.h"
 #include "decoding.h"

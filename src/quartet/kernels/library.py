@@ -26,6 +26,7 @@ ARGUMENTS = {
     "rotary": 18,
     "few_rows": 9,
     "decode": 2,
+    "multiply": 1,
     "draw": 9,
     "attention": 5,
     "attention_gradient": 9,
@@ -33,6 +34,8 @@ ARGUMENTS = {
 """Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
 FLOATS = {"rms_norm": 6, "draw": 7}
 """The argument of a kernel that is a float."""
+BYTES = {"multiply"}
+"""Kernels that are given one block of numbers, packed."""
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Kernels for one of these dtypes are named so."""
 
@@ -48,6 +51,8 @@ def kernel(name: str) -> Callable[..., None] | None:
     function: Any = getattr(library, name)
     bare = re.sub("(_b?f[0-9]+)+$", "", name)
     kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[bare]
+    if bare in BYTES:
+        kinds = [ctypes.c_char_p]
     if bare in FLOATS:
         kinds[FLOATS[bare]] = ctypes.c_float
     function.argtypes, function.restype = kinds, None
@@ -62,7 +67,14 @@ def are_there() -> bool:
 
 def fit(*tensors: Tensor) -> bool:
     """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
-    return all(t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter, FakeTensor) for t in tensors)
+    for tensor in tensors:  # asked for at every call of a kernel: a loop takes a quarter of the time of `all`
+        kind = type(tensor)
+        if kind is FakeTensor:
+            if tensor.device.type != "cpu":
+                return False
+        elif not (kind is Tensor or kind is nn.Parameter) or not tensor.is_cpu:
+            return False
+    return True
 
 
 def are_real(*tensors: Tensor) -> bool:

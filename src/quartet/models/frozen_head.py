@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quartet.models.linear_head import IMPOSSIBLE
-from quartet.models.linears import Weights, by_transposed, computed_in, has_onednn, product
+from quartet.models.linears import Weights
+from quartet.models.products import by_transposed, computed_in, has_onednn, linear_product, product_into
 
 TILE = 256
 """Tokens whose logits exist at once."""
@@ -100,10 +101,10 @@ class _Rooms:
     def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`, `[n, V]`."""
         if self._logits is None:
-            return product(states, weight, bias)
+            return linear_product(states, weight, bias)
         into = self._logits[: len(states)]
         if bias is None:
-            return torch.mm(states, weight.t(), out=into)
+            return product_into(into, states, weight.t())
         return torch.addmm(bias, states, weight.t(), out=into)
 
     def exponentials(

@@ -12,16 +12,9 @@ from transformers.activations import SiLUActivation
 
 from quartet import kernels
 from quartet.models.gradients import IN_PLACE
-from quartet.models.linears import (
-    FastLinear,
-    FastLoraLinear,
-    Weights,
-    add_low_rank,
-    by_transposed,
-    computed_in,
-    low_rank_gradients,
-    product,
-)
+from quartet.models.linears import FastLinear, FastLoraLinear, Weights
+from quartet.models.low_rank import by_low_rank, low_rank_gradients, through, with_low_rank
+from quartet.models.products import computed_in, linear_product
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -91,10 +84,11 @@ class _GatedDown(torch.autograd.Function):
         dtype = computed_in(gate)
         ctx.activation, ctx.scale, ctx.dtype, ctx.weight = activation, scale, dtype, weight
         between = multiplied(activation, gate, up).to(dtype)
-        result = product(between, weight.to(dtype), None if bias is None else bias.to(dtype))
-        low = None
+        computed = weight.to(dtype), None if bias is None else bias.to(dtype)
         if lora_down is not None and lora_up is not None:
-            low = add_low_rank(result, between, lora_down, lora_up, scale)
+            result, low = with_low_rank(between, *computed, lora_down.to(dtype), lora_up.to(dtype), scale)
+        else:
+            result, low = linear_product(between, *computed), None
         ctx.save_for_backward(gate, up, weight, lora_down, lora_up, low)
         return result
 
@@ -105,14 +99,14 @@ class _GatedDown(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad, ctx.dtype
         active, slope = with_slope(ctx.activation, gate)
         flat = gradient.flatten(0, -2)
-        by_between = by_transposed(gradient, weight.to(dtype))
+        adapter = None if low is None else (lora_down.to(dtype), by_low_rank(flat, lora_up.to(dtype), ctx.scale))
+        by_between = through(gradient, weight.to(dtype), adapter)
         by_weight = by_lora_down = by_lora_up = None
         between = (active * up).to(dtype) if needs[3] or low is not None else None
         if between is not None and needs[3]:
             by_weight = IN_PLACE.add_product(ctx.weight, flat.t(), between.flatten(0, -2))
-        if between is not None and low is not None:
-            adapter = lora_down.to(dtype), lora_up.to(dtype)
-            found = low_rank_gradients(gradient, by_between, between, low, *adapter, ctx.scale)
+        if between is not None and adapter is not None:
+            found = low_rank_gradients(gradient, adapter[1], between, low, ctx.scale)
             by_lora_down, by_lora_up = found[0].to(lora_down.dtype), found[1].to(lora_up.dtype)
         by_bias = flat.sum(0) if needs[4] else None
         by_between = by_between.to(gate.dtype)

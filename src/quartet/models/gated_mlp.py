@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet import kernels
+from quartet.kernels import Term
 from quartet.models.converted import CONVERTED
 from quartet.models.gated import Activation, gated_down, is_silu, multiplied, weights_of, with_slope
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
-from quartet.models.linears import Weights, add_low_rank, computed_in, has_onednn, low_rank_gradients, upright
+from quartet.models.linears import Weights
+from quartet.models.low_rank import add_low_rank, by_low_rank, low_rank_gradients, upright
 from quartet.models.precision import on_cpu
+from quartet.models.products import add_product, computed_in, has_kernels, has_onednn, product, product_into, sum_into
 
 BLOCK = 1024
 """Intermediate features at once over frozen weights in float32: a block of a microbatch's tokens stays in the caches until
@@ -89,20 +92,16 @@ class GatedMLP(torch.autograd.Function):
         gate, up, down = (_Gradients(ctx, number, layer) for number, layer in enumerate(_layers(tensors, ctx.scales)))
         _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down, ctx.block)
         # From here on `gates` and `ups` are the gradients of what they were.
-        by_states = gates @ gate.layer.weight if ctx.needs_input_grad[0] else None
+        by_gate_low, by_up_low = gate.by_low(gates), up.by_low(ups)
+        by_states = None
+        if ctx.needs_input_grad[0]:
+            parts = gate.through(gates, by_gate_low), up.through(ups, by_up_low)
+            by_states = _sum_of(*parts, ctx.dtype).view(ctx.shape)
         gate.of_layer(gates, flat)
-        gate.of_adapter(gates, by_states, flat, low_gates)
-        by_up = by_states
-        if by_states is not None and by_states.dtype == ctx.dtype:
-            by_states.addmm_(ups, up.layer.weight)
-        elif by_states is not None:  # the sum of the two in the states' own dtype
-            by_up = ups @ up.layer.weight
+        gate.of_adapter(gates, by_gate_low, flat, low_gates)
         up.of_layer(ups, flat)
-        up.of_adapter(ups, by_up, flat, low_ups)
+        up.of_adapter(ups, by_up_low, flat, low_ups)
         LENDER.given_back(gates, ups)
-        if by_states is not None:
-            by_states = by_states if by_up is by_states else by_states.to(ctx.dtype).add_(by_up)
-        by_states = None if by_states is None else by_states.view(ctx.shape)
         return by_states, None, None, *gate.found, *up.found, *down.found
 
 
@@ -121,11 +120,19 @@ def _blocks(features: int, size: int) -> Iterator[slice]:
 def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
     """What a layer gives, `[tokens, intermediate]` in borrowed memory, and its low-rank states."""
     result = LENDER.borrowed(states, len(states), len(layer.weight))
+    if layer.down is None or layer.up is None:
+        product_into(result, states, layer.weight.t())
+        if layer.bias is not None:
+            result += layer.bias
+        return result, None
+    if has_kernels(layer.weight):
+        low = product(states, layer.down.t())
+        terms = Term(states, layer.weight.t()), Term(low, layer.up.t(), layer.scale)
+        if kernels.multiply(result, *terms, bias=layer.bias):
+            return result, low
     torch.mm(states, layer.weight.t(), out=result)
     if layer.bias is not None:
         result += layer.bias
-    if layer.down is None or layer.up is None:
-        return result, None
     return result, add_low_rank(result, states, layer.down, layer.up, layer.scale)
 
 
@@ -137,24 +144,17 @@ def _lowered(
     room = LENDER.borrowed(gates, len(gates), min(size, gates.shape[1]))
     for block in _blocks(gates.shape[1], size):
         between = multiplied(activation, gates[:, block], ups[:, block], room)
-        _add_product(result, between, layer.weight[:, block].t(), first=block.start == 0)
+        put = add_product if block.start else product_into
+        put(result, between, layer.weight[:, block].t())
         if layer.down is not None:
             low = gates.new_empty(len(gates), len(layer.down)) if low is None else low
-            _add_product(low, between, upright(layer.down[:, block]), first=block.start == 0)
+            put(low, between, upright(layer.down[:, block]))
     LENDER.given_back(room)
     if layer.bias is not None:
         result += layer.bias
     if low is not None and layer.up is not None:
-        result.addmm_(low, upright(layer.up), alpha=layer.scale)
+        add_product(result, low, upright(layer.up), layer.scale)
     return result, low
-
-
-def _add_product(result: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Add to the result, which the first product overwrites."""
-    if first:
-        torch.mm(left, right, out=result)
-    else:
-        result.addmm_(left, right)
 
 
 class _Gradients:
@@ -176,11 +176,30 @@ class _Gradients:
         if self._of_bias and self.found[1] is None:
             self.found[1] = gradient.sum(0)
 
-    def of_adapter(self, gradient: Tensor, by_states: Tensor | None, states: Tensor, low: Tensor | None) -> None:
-        """Likewise; what the adapter passes on is added to `by_states`."""
-        layer = self.layer
-        if low is not None and layer.down is not None and layer.up is not None:
-            self.found[2:] = low_rank_gradients(gradient, by_states, states, low, layer.down, layer.up, layer.scale)
+    def by_low(self, gradient: Tensor) -> Tensor | None:
+        """The gradient of the low-rank states; None without an adapter."""
+        up = self.layer.up
+        return None if up is None or self.layer.down is None else by_low_rank(gradient, up, self.layer.scale)
+
+    def through(self, gradient: Tensor, by_low: Tensor | None) -> list[Term]:
+        """What is to be added up to the gradient of what the layer was given."""
+        terms = [Term(gradient, self.layer.weight)]
+        return terms if by_low is None or self.layer.down is None else [*terms, Term(by_low, self.layer.down)]
+
+    def of_adapter(self, gradient: Tensor, by_low: Tensor | None, states: Tensor, low: Tensor | None) -> None:
+        """From the gradients of what the layer gave and of its low-rank states, and what it was given."""
+        if by_low is not None and low is not None:
+            self.found[2:] = low_rank_gradients(gradient, by_low, states, low, self.layer.scale)
+
+
+def _sum_of(gate: list[Term], up: list[Term], dtype: torch.dtype) -> Tensor:
+    """The gradient of what both layers were given; the sum of the two in its own dtype."""
+    like, columns = gate[0].left, gate[0].right.shape[1]
+    result = like.new_empty(len(like), columns)
+    if like.dtype == dtype:
+        return sum_into(result, *gate, *up)
+    second = sum_into(like.new_empty(len(like), columns), *up)
+    return sum_into(result, *gate).to(dtype).add_(second)
 
 
 def _through_activation(
@@ -194,18 +213,17 @@ def _through_activation(
 ) -> None:
     """Gradients of the down projection's tensors; those of `gates` and `ups` are written over them."""
     layer = gradients.layer
-    by_low = by_lora_down = None
-    if low is not None and layer.down is not None and layer.up is not None:
-        by_low = (gradient @ upright(layer.up).t()).mul_(layer.scale)
+    by_low, by_lora_down = gradients.by_low(gradient), None
+    if by_low is not None and low is not None and layer.down is not None:
         by_lora_down = torch.empty_like(layer.down)
-        gradients.found[2:] = by_lora_down, (low.t() @ gradient).mul_(layer.scale).t()
+        gradients.found[2:] = by_lora_down, product(low.t(), gradient).mul_(layer.scale).t()
     rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(2)]
     for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]
         by_between, between = (room[:, : gate.shape[1]] for room in rooms)
-        torch.mm(gradient, layer.weight[:, block], out=by_between)
-        if by_low is not None and layer.down is not None:
-            by_between.addmm_(by_low, layer.down[:, block])
+        sum_into(
+            by_between, *(term._replace(right=term.right[:, block]) for term in gradients.through(gradient, by_low))
+        )
         asked = between if by_low is not None or gradients.of_weight else None
         at_once = is_silu(activation) and kernels.silu_gradient(by_between, gate, up, gate, up, asked)
         room = None if at_once else LENDER.borrowed(gates, *gate.shape)
@@ -214,7 +232,7 @@ def _through_activation(
             torch.mul(active, up, out=asked)
         gradients.of_layer(gradient, between)
         if by_low is not None and by_lora_down is not None:
-            torch.mm(by_low.t(), between, out=by_lora_down[:, block])
+            product_into(by_lora_down[:, block], by_low.t(), between)
         if room is None or slope is None:
             continue
         by_active = torch.mul(by_between, up, out=between)

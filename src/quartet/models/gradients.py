@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.models.lending import LENDER
+from quartet.models.products import add_product, product, product_into
 
 WIDE = 512
 """Columns of a product in bfloat16 from which a left side that lies upright is turned first: the copy takes less than it saves
@@ -100,14 +101,14 @@ class GradientsInPlace:
         """Add `left @ right` to a weight's gradient; where it goes through autograd, which converts it, it is returned."""
         place = self.place(weight)
         if place is None:
-            return left @ right
+            return product(left, right)
         gradient, filled = place
         if left.dtype != gradient.dtype:
             add_narrow_product(gradient, left, right, filled=filled)
         elif filled:
-            gradient.addmm_(left, right)
+            add_product(gradient, left, right)
         else:
-            torch.mm(left, right, out=gradient)
+            product_into(gradient, left, right)
         return None
 
     def add_rows(self, weight: Tensor, rows: Tensor, parts: Tensor) -> Tensor | None:

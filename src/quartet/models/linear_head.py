@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quartet.models.gradients import IN_PLACE, add_narrow_product
-from quartet.models.linears import Weights, by_transposed, computed_in, product
+from quartet.models.linears import Weights
+from quartet.models.products import add_product, by_transposed, computed_in, linear_product, product_into
 
 BLOCK = 2048
 """Logits of a token at once (of 512 to 4096 the fastest, measured on the CPU in float32 and bfloat16)."""
@@ -78,7 +79,7 @@ class _Blocks:
             rows = slice(start, min(start + TILE, len(self._states)))
             place = self._tokens[rows] - columns.start
             inside = (place >= 0) & (place < len(part))
-            yield rows, product(self._states[rows], part, bias), place.clamp(0, len(part) - 1)[:, None], inside
+            yield rows, linear_product(self._states[rows], part, bias), place.clamp(0, len(part) - 1)[:, None], inside
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -157,9 +158,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 more = filled or rows.start > 0
                 if narrow.dtype != into.dtype:
                     add_narrow_product(into, narrow.t(), states[rows], filled=more)
+                elif more:
+                    add_product(into, narrow.t(), states[rows])
                 else:
-                    by_part = narrow.t() @ states[rows]
-                    into.add_(by_part) if more else into.copy_(by_part)
+                    product_into(into, narrow.t(), states[rows])
                 if by_bias is not None:
                     by_bias[columns] += slope.sum(0)
         return by_states.to(ctx.dtype), None if place is not None else by_weight, by_bias, None, None, None, None

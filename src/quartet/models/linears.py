@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.converted import CONVERTED
 from quartet.models.embedding import FastEmbedding
 from quartet.models.gradients import IN_PLACE
-from quartet.models.precision import on_cpu
-
-SMALLEST_SIDE = 64
-"""Features below which a call of oneDNN costs more than it saves."""
-SMALLEST_TRANSPOSED = 512
-"""Features from which oneDNN beats MKL at a product with the transposed weight."""
+from quartet.models.low_rank import add_low_rank, by_low_rank, low_rank_gradients, through, with_low_rank
+from quartet.models.products import by_transposed, computed_in, has_kernels, has_onednn, is_plain, linear_product
 
 
 def use_fast_linears(model: nn.Module) -> None:
@@ -34,7 +26,8 @@ def use_fast_linears(model: nn.Module) -> None:
 
     Gradients of trained weights can be added in place (`gradients.py`). On processors with AVX-512 that are not Intel's,
     float32 products with gradients go through oneDNN: MKL, with which torch multiplies them, leaves their widest vectors
-    unused. On Intel's, and with AVX2, there is nothing to gain (measured: MKL is as fast or faster). A LoRA layer adds its
+    unused. On those with AVX2 compiled kernels multiply, where they are there. On Intel's there is nothing to gain (measured:
+    MKL is as fast or faster). A LoRA layer adds its
     low-rank part inside matrix products, forward and backward, where PEFT takes three more passes over the layer's output.
 
     Only plain layers change (class `Linear` and `Embedding` of torch, `Linear` of PEFT); GPT-2's Conv1D, quantized layers
@@ -43,9 +36,9 @@ def use_fast_linears(model: nn.Module) -> None:
     for module in model.modules():
         if is_replaced(module):
             continue
-        if type(module) is nn.Linear and _is_plain(module.weight):
+        if type(module) is nn.Linear and is_plain(module.weight):
             _change(module, FastLinear)
-        elif type(module) is nn.Embedding and _is_plain(module.weight):
+        elif type(module) is nn.Embedding and is_plain(module.weight):
             _change(module, FastEmbedding)
         elif type(module) is LoraLinear and isinstance(module.base_layer, nn.Linear):
             _change(module, FastLoraLinear)
@@ -72,37 +65,6 @@ def _change(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
 
 
-@cache
-def _widest_vectors() -> bool:
-    """Whether the processor has vectors that MKL leaves unused."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not _is_intel()
-
-
-def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "Intel" in platform.processor()
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Not quantized or sharded, which only looks like a tensor."""
-    return not is_traceable_wrapper_subclass(weight)
-
-
-def has_onednn(weight: Tensor) -> bool:
-    """Whether products with this weight are faster through oneDNN."""
-    return (
-        on_cpu(weight)
-        and weight.dtype == torch.float32
-        and min(weight.shape) >= SMALLEST_SIDE
-        and _widest_vectors()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and _is_plain(weight)
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What a linear layer computes with: `x W^T + b + s x A^T B^T`."""
@@ -115,8 +77,8 @@ class Weights:
 
 
 class FastLinear(nn.Linear):
-    """`nn.Linear`, with a gradient that is added in place where that is asked for, and with products in float32 through oneDNN
-    where that is faster; anything else as it was."""
+    """`nn.Linear`, with a gradient that is added in place where that is asked for, and with products in float32 through
+    oneDNN or kernels where these are faster; anything else as it was."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`x W^T + b`."""
@@ -172,10 +134,11 @@ class FastLoraLinear(LoraLinear):
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN where that is faster."""
+    """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN or kernels where these
+    are faster."""
     trained = IN_PLACE.takes(weight)
-    wide = states.dtype == torch.float32 and has_onednn(weight) and not torch.is_autocast_enabled("cpu")
-    if trained or wide:
+    ours = states.dtype == torch.float32 and (has_onednn(weight) or has_kernels(weight))
+    if trained or (ours and not torch.is_autocast_enabled("cpu")):
         apply: Callable[..., Tensor] = _Linear.apply
         return apply(states, weight, bias)
     return nn.functional.linear(states, weight, bias)
@@ -205,7 +168,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         states, converted = states.to(dtype), CONVERTED.of(weight, dtype)
         ctx.save_for_backward(states if weight.requires_grad else None, converted)
-        return product(states, converted, None if bias is None else bias.to(dtype))
+        return linear_product(states, converted, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -229,8 +192,8 @@ class _Lora(torch.autograd.Function):
         dtype = computed_in(states)
         ctx.states_dtype, ctx.adapter_dtype, ctx.scale = states.dtype, down.dtype, scale
         states, down, up = states.to(dtype), down.to(dtype), up.to(dtype)
-        result = product(states, weight.to(dtype), None if bias is None else bias.to(dtype))
-        low = add_low_rank(result, states, down, up, scale)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        result, low = with_low_rank(states, weight, bias, down, up, scale)
         ctx.save_for_backward(states, weight, down, up, low)
         return result
 
@@ -238,59 +201,10 @@ class _Lora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, down, up, low = ctx.saved_tensors
-        by_states = by_transposed(gradient, weight.to(gradient.dtype)) if ctx.needs_input_grad[0] else None
-        by_down, by_up = low_rank_gradients(gradient, by_states, states, low, down, up, ctx.scale)
+        by_states, low_gradient = None, by_low_rank(gradient.flatten(0, -2), up, ctx.scale)
+        if ctx.needs_input_grad[0]:
+            by_states = through(gradient, weight.to(gradient.dtype), (down, low_gradient))
+        by_down, by_up = low_rank_gradients(gradient, low_gradient, states, low, ctx.scale)
         if by_states is not None:
             by_states = by_states.to(ctx.states_dtype)
         return by_states, None, None, by_down.to(ctx.adapter_dtype), by_up.to(ctx.adapter_dtype), None
-
-
-def add_low_rank(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Add `s x A^T B^T` to the layer's result in place; returns the low-rank states `x A^T`, `[tokens, r]`."""
-    return add_upright(result, states, upright(down.to(result.dtype)), upright(up.to(result.dtype)), scale)
-
-
-def add_upright(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """The same with `A^T` and `B^T` given in rows of their own, in the result's dtype."""
-    low = states.flatten(0, -2).to(result.dtype) @ down
-    result.flatten(0, -2).addmm_(low, up, alpha=scale)
-    return low
-
-
-def low_rank_gradients(
-    gradient: Tensor, by_states: Tensor | None, states: Tensor, low: Tensor, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B, where `add_low_rank` gave `low`; the part that goes on to x is added to `by_states` in place."""
-    flat = gradient.flatten(0, -2)
-    low_gradient = (flat @ upright(up).t()).mul_(scale)
-    if by_states is not None:
-        by_states.flatten(0, -2).addmm_(low_gradient, down)
-    # With the narrow side upright, and not the wide one, a product takes a fifth to a quarter less.
-    return low_gradient.t() @ states.flatten(0, -2), (low.t() @ flat).mul_(scale).t()
-
-
-def upright(matrix: Tensor) -> Tensor:
-    """The transposed matrix in rows of its own: MKL multiplies narrow matrices of that form up to three times faster."""
-    return matrix.t().contiguous()
-
-
-def computed_in(states: Tensor) -> torch.dtype:
-    """The dtype of a product with these states, under autocast or not."""
-    kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-
-
-def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b`, no gradient asked."""
-    if states.dtype == torch.float32 and has_onednn(weight):
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-        return result
-    return nn.functional.linear(states, weight, bias)
-
-
-def by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
-    """`g W`, no gradient asked."""
-    if gradient.dtype == torch.float32 and has_onednn(weight) and min(weight.shape) >= SMALLEST_TRANSPOSED:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
-        return result
-    return gradient @ weight

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quartet import kernels
 from quartet.distributed import is_share
-from quartet.models.linears import FastLinear, FastLoraLinear, add_upright, is_replaced, upright
+from quartet.models.linears import FastLinear, FastLoraLinear, is_replaced
+from quartet.models.low_rank import add_upright, upright
 from quartet.models.precision import on_cpu
 
 Forward = Callable[[Tensor], Tensor]

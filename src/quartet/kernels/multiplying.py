@@ -1,0 +1,117 @@
+"""Sums of matrix products: tensors looked at, memory handed over."""
+
+from __future__ import annotations
+
+import platform
+import struct
+import threading
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from quartet.kernels.library import are_real, fit, kernel
+
+WITHIN = 288 * (96 + 1024 + 32)
+"""Numbers of a thread's room (`WITHIN` in terms.h)."""
+LEAST = 2**17
+"""Multiplications below which a call of torch's product costs less."""
+_kept = threading.local()
+
+
+class Term(NamedTuple):
+    """`scale left @ right`: `[rows, width]` and `[width, columns]`, in any order in memory."""
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+
+_HEAD = "9q"
+_TERM = "7qf4x"
+"""`products` and `term` in terms.h, the terms after the head."""
+
+
+def multiplies() -> bool:
+    """Whether products in float32 are computed by kernels here: where there are some, and torch's library is slower."""
+    return library_is_slow() and kernel("multiply") is not None
+
+
+@cache
+def library_is_slow() -> bool:
+    """Whether the library with which torch multiplies leaves much of this processor unused.
+
+    That is MKL, which reaches half to three quarters of what AMD's processors with AVX2 can do. On Intel's it is at its best,
+    and where vectors are wider oneDNN multiplies.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not is_intel()
+
+
+@cache
+def is_intel() -> bool:
+    """Whether Intel made this processor."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+def room_of_products() -> int:
+    """Bytes that the kernels keep to multiply in, by as many threads as torch has."""
+    return 4 * WITHIN * torch.get_num_threads() if multiplies() else 0
+
+
+def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = False) -> bool:
+    """The sum of some products over `out`, or added to it.
+
+    Args:
+        out: `[rows, columns]`, numbers of a row side by side.
+        bias: `[columns]`, added to every row.
+
+    Returns:
+        Whether it was computed.
+    """
+    if not multiplies():
+        return False
+    tensors, width = [out], 0
+    for left, right, _ in terms:
+        tensors += (left, right)
+        width += left.shape[1]
+    if bias is not None:
+        tensors.append(bias)
+    rows, columns = out.shape
+    if rows * columns * width < LEAST or not _fit(tensors, out, bias):
+        return False
+    if are_real(*tensors):
+        threads, function = torch.get_num_threads(), kernel("multiply")
+        assert function is not None, "looked for by `multiplies`"
+        numbers: list[float] = [rows, columns, out.stride(0), add, len(terms), threads]
+        numbers += (out.data_ptr(), _room(threads).data_ptr(), 0 if bias is None else bias.data_ptr())
+        for left, right, scale in terms:
+            numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
+        function(_layout(len(terms)).pack(*numbers))
+    increment_version(out)
+    return True
+
+
+def _fit(tensors: list[Tensor], out: Tensor, bias: Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            return False
+    return fit(*tensors) and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
+
+
+@cache
+def _layout(terms: int) -> struct.Struct:
+    return struct.Struct(_HEAD + _TERM * terms)
+
+
+def _room(threads: int) -> Tensor:
+    """This thread's own, kept from call to call."""
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < threads * WITHIN:
+        room = _kept.room = torch.empty(threads * WITHIN)
+    return room

@@ -1,0 +1,160 @@
+/* Sums of matrix products, after Goto and van de Geijn (doi 10.1145/1356052.1356053): parts of A that stay in the second cache and
+ * of B that stay in the third are packed into panels in the order in which tiles read them. Included for each generation of
+ * processors. A number's sum runs in the same order whatever is computed beside it. */
+
+typedef float SUITED(four) __attribute__((vector_size(16)));
+typedef float SUITED(four_given) __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t SUITED(places) __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (SUITED(places)){__VA_ARGS__})
+#endif
+
+/* Four numbers of four rows each: out[k * out_row + i] = scale from[i * row + k]. */
+TARGET INLINE void SUITED(turn)(const float *from, long row, float scale, float *out, long out_row) {
+    SUITED(four) r[4];
+    for (int i = 0; i < 4; i++) r[i] = *(const SUITED(four_given) *)(from + i * row) * scale;
+    const SUITED(four) low = SHUFFLED(r[0], r[1], 0, 4, 1, 5), high = SHUFFLED(r[0], r[1], 2, 6, 3, 7);
+    const SUITED(four) low2 = SHUFFLED(r[2], r[3], 0, 4, 1, 5), high2 = SHUFFLED(r[2], r[3], 2, 6, 3, 7);
+    *(SUITED(four_given) *)out = SHUFFLED(low, low2, 0, 1, 4, 5);
+    *(SUITED(four_given) *)(out + out_row) = SHUFFLED(low, low2, 2, 3, 6, 7);
+    *(SUITED(four_given) *)(out + 2 * out_row) = SHUFFLED(high, high2, 0, 1, 4, 5);
+    *(SUITED(four_given) *)(out + 3 * out_row) = SHUFFLED(high, high2, 2, 3, 6, 7);
+}
+
+/* Panels of `side` places for each of some lines' numbers, `deep` from one number to the next panel's: out[i * deep + k * side + n] =
+ * scale from[(i + n) * line + k * step], zeros after the last line. */
+TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, long step, long count, long width, float scale,
+                                  float *out, long deep) {
+    long i = 0;
+    if (line == 1) { /* along memory, across the panels */
+        const long whole = count / side * side;
+        for (long k = 0; k < width; k++, from += step)
+            for (i = 0; i < whole; i += side) {
+                float *to = out + i * deep + k * side;
+                for (int n = 0; n < side; n++) to[n] = scale * from[i + n];
+            }
+        i = whole;
+        from -= width * step;
+    }
+    for (; i < count; i += side) {
+        const long some = count - i < side ? count - i : side;
+        const float *lines = from + i * line;
+        float *to = out + i * deep;
+        long k = 0;
+        if (step == 1 && some == side)
+            for (; k + 4 <= width; k += 4) {
+                int n = 0;
+#pragma GCC unroll 8
+                for (; n + 4 <= side; n += 4) SUITED(turn)(lines + n * line + k, line, scale, to + k * side + n, side);
+                for (; n < side; n++)
+                    for (int m = 0; m < 4; m++) to[(k + m) * side + n] = scale * lines[n * line + k + m];
+            }
+        for (; k < width; k++)
+            for (long n = 0; n < side; n++) to[k * side + n] = n < some ? scale * lines[n * line + k * step] : 0.0f;
+    }
+}
+
+/* The same of all terms, from place `start` of their widths on, which are put one after the other. */
+TARGET INLINE void SUITED(packed)(const int side, int left, const products *p, long first, long count, long start, long width,
+                                  float *out) {
+    long place = 0; /* of a term's first number */
+    for (long n = 0; n < p->count; place += p->terms[n].width, n++) {
+        const term *t = p->terms + n;
+        const long from = start > place ? start - place : 0;
+        const long end = start + width - place < t->width ? start + width - place : t->width;
+        if (end <= from) continue;
+        const long line = left ? t->a_row : t->b_step, step = left ? t->a_step : t->b_row;
+        SUITED(panels)(side, (left ? t->a : t->b) + first * line + from * step, line, step, count, end - from, left ? t->scale : 1.0f,
+                       out, width);
+        out += (end - from) * side;
+    }
+}
+
+/* Up to TILE rows of `out` and up to two vectors of its columns. */
+TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long width, float *out,
+                                  long out_row, long columns, int add) {
+    SUITED(lanes) sum[2 * TILE];
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * rows; i++) sum[i] = (SUITED(lanes)){0};
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) __builtin_prefetch(out + i * out_row, 1, 3);
+    const float *second = a + (rows > 4 ? 4 : 0) * a_row, *third = a + (rows > 8 ? 8 : 0) * a_row;
+#pragma GCC unroll 4
+    for (long k = 0; k < width; k++) {
+        const SUITED(lanes) left = SUITED(load_f32)(b + k * 2 * LANES), right = SUITED(load_f32)(b + k * 2 * LANES + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            const float *one = i < 4 ? a + i * a_row : i < 8 ? second + (i - 4) * a_row : third + (i - 8) * a_row;
+            const float number = one[k * a_step];
+            sum[2 * i] += left * number;
+            sum[2 * i + 1] += right * number;
+        }
+    }
+    if (columns == 2 * LANES) {
+#pragma GCC unroll 24
+        for (int i = 0; i < 2 * rows; i++) {
+            float *o = out + i / 2 * out_row + i % 2 * LANES;
+            SUITED(store)(o, add ? sum[i] + SUITED(load_f32)(o) : sum[i]);
+        }
+        return;
+    }
+    float whole[2 * TILE * LANES];
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * rows; i++) SUITED(store)(whole + i * LANES, sum[i]);
+    for (int i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) out[i * out_row + j] = whole[i * 2 * LANES + j] + (add ? out[i * out_row + j] : 0.0f);
+}
+
+/* All tiles of some packed columns and of rows that are packed (a_row 1, a_step TILE), or read where they are (a_step 1). */
+TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a_tile, const float *b, long rows, long columns,
+                                 long width, float *out, long out_row, int add) {
+    for (long j = 0; j < columns; j += 2 * LANES) {
+        const long across = columns - j < 2 * LANES ? columns - j : 2 * LANES;
+        const float *panel = b + j * width;
+        float *o = out + j;
+        long i = 0;
+        for (; i + TILE <= rows; i += TILE)
+            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+        const float *last = a + i / TILE * a_tile;
+        for (; i + 4 <= rows; i += 4, last += 4 * a_row)
+            SUITED(corner)(4, last, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+        for (; i < rows; i++, last += a_row)
+            SUITED(corner)(1, last, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+    }
+}
+
+/* Rows `from` to `to` of columns `left` to `right`. */
+TARGET static void SUITED(multiplied)(const products *p, float *room, long from, long to, long left, long right) {
+    float *own_a = room, *own_b = room + DEEP * HIGH;
+    long total = 0;
+    for (long n = 0; n < p->count; n++) total += p->terms[n].width;
+    const long blocks = (total + DEEP - 1) / DEEP;
+    for (long j = left; j < right; j += ACROSS) {
+        const long columns = right - j < ACROSS ? right - j : ACROSS;
+        for (long n = 0; n < blocks; n++) {
+            const long start = total * n / blocks, width = total * (n + 1) / blocks - start;
+            SUITED(packed)(2 * LANES, 0, p, j, columns, start, width, own_b);
+            const term *t = p->terms;
+            const int direct = p->count == 1 && t->a_step == 1 && t->scale == 1.0f && columns <= FEW_COLUMNS;
+            for (long i = from; i < to; i += HIGH) {
+                const long rows = to - i < HIGH ? to - i : HIGH;
+                float *out = p->out + i * p->out_row + j;
+                if (!n && p->bias)
+                    for (long r = 0; r < rows; r++)
+                        for (long c = 0; c < columns; c++) out[r * p->out_row + c] = p->bias[j + c] + (p->add ? out[r * p->out_row + c] : 0.0f);
+                const int more = n || p->add || p->bias;
+                if (direct) {
+                    const float *a = t->a + i * t->a_row + start;
+                    SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, rows, columns, width, out, p->out_row, more);
+                    continue;
+                }
+                SUITED(packed)(TILE, 1, p, i, rows, start, width, own_a);
+                SUITED(tiled)(own_a, 1, TILE, TILE * width, own_b, rows, columns, width, out, p->out_row, more);
+            }
+        }
+    }
+}
+#undef SHUFFLED

@@ -1,0 +1,23 @@
+/* What sums of matrix products are given; kernels/multiplying.py lays the same out. */
+
+/* scale A B with A `[rows][width]` and B `[width][columns]`: numbers from one row to the next, and from one column to the next. */
+typedef struct {
+    const float *a, *b;
+    long a_row, a_step, b_row, b_step, width;
+    float scale;
+} term;
+
+/* out, `[rows][columns]` with `out_row` numbers from one row to the next, is overwritten by the sum of the terms and, unless null, of
+ * a bias for each column; or they are added to what is there. `room`: WITHIN numbers for each thread. */
+typedef struct {
+    long rows, columns, out_row, add, count, threads;
+    float *out, *room;
+    const float *bias;
+    term terms[]; /* `count` of them */
+} products;
+
+#define DEEP 288      /* of the widths, put one after the other, that panels hold at once */
+#define HIGH 96       /* rows of A; a multiple of every TILE */
+#define ACROSS 1024   /* columns of B */
+#define FEW_COLUMNS 32 /* up to which rows of A are read where they are: packing them would take longer than it saves */
+#define WITHIN (DEEP * (HIGH + ACROSS + 32))

@@ -1,0 +1,108 @@
+"""Matrix products of training passes on a CPU: by compiled kernels or oneDNN where these are faster, by torch anywhere else.
+
+No gradient is asked of anything here. Kernels take the sum of several products in one pass over the result.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from quartet import kernels
+from quartet.kernels import Term
+from quartet.models.precision import on_cpu
+
+SMALLEST_SIDE = 64
+"""Features below which a call of oneDNN costs more than it saves."""
+SMALLEST_TRANSPOSED = 512
+"""Features from which oneDNN beats MKL at a product with the transposed weight."""
+
+
+@cache
+def _widest_vectors() -> bool:
+    """Whether the processor has vectors that MKL leaves unused."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not kernels.is_intel()
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Not quantized or sharded, which only looks like a tensor."""
+    return not is_traceable_wrapper_subclass(weight)
+
+
+def has_onednn(weight: Tensor) -> bool:
+    """Whether products with this weight are faster through oneDNN."""
+    return (
+        on_cpu(weight)
+        and weight.dtype == torch.float32
+        and min(weight.shape) >= SMALLEST_SIDE
+        and _widest_vectors()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and is_plain(weight)
+    )
+
+
+def has_kernels(weight: Tensor) -> bool:
+    """Whether products with this weight are faster by compiled kernels."""
+    return weight.dtype == torch.float32 and kernels.multiplies() and on_cpu(weight) and is_plain(weight)
+
+
+def computed_in(states: Tensor) -> torch.dtype:
+    """The dtype of a product with these states, under autocast or not."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, of matrices."""
+    if kernels.multiplies() and left.dtype == torch.float32:
+        out = left.new_empty(len(left), right.shape[1])
+        if kernels.multiply(out, Term(left, right)):
+            return out
+    return left @ right
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` over what `out` holds."""
+    return out if kernels.multiply(out, Term(left, right)) else torch.mm(left, right, out=out)
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Add `scale left @ right` to a matrix."""
+    return out if kernels.multiply(out, Term(left, right, scale), add=True) else out.addmm_(left, right, alpha=scale)
+
+
+def sum_into(out: Tensor, *terms: Term) -> Tensor:
+    """The sum of the terms, the first of which is not scaled, over what `out` holds."""
+    if kernels.multiply(out, *terms):
+        return out
+    first, *others = terms
+    torch.mm(first.left, first.right, out=out)
+    for term in others:
+        out.addmm_(term.left, term.right, alpha=term.scale)
+    return out
+
+
+def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`, no gradient asked."""
+    if states.dtype == torch.float32 and has_kernels(weight):
+        result = states.new_empty(*states.shape[:-1], len(weight))
+        if kernels.multiply(result.flatten(0, -2), Term(states.flatten(0, -2), weight.t()), bias=bias):
+            return result
+    if states.dtype == torch.float32 and has_onednn(weight):
+        by_onednn: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+        return by_onednn
+    return nn.functional.linear(states, weight, bias)
+
+
+def by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`g W`, no gradient asked."""
+    if gradient.dtype == torch.float32 and has_kernels(weight):
+        return product(gradient.flatten(0, -2), weight).view(*gradient.shape[:-1], -1)
+    if gradient.dtype == torch.float32 and has_onednn(weight) and min(weight.shape) >= SMALLEST_TRANSPOSED:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
+        return result
+    return gradient @ weight
