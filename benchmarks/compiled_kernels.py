@@ -29,19 +29,20 @@ def compiled() -> Any:
     Raises:
         SystemExit: there are none.
     """
-    from quartet.kernels import elementwise, library
+    from quartet.kernels import library
 
     if not library.are_there():
         raise SystemExit("there are no compiled kernels here; install Quartet where there is a C compiler")
-    return elementwise.kernel
+    return library.kernel
 
 
 def switch(_: Any, way: str) -> None:
     """Compute so from here on."""
-    from quartet.kernels import elementwise
+    from quartet.kernels import attending, elementwise, multiplying
 
     find = compiled()
-    elementwise.kernel = find if way == WAYS[1] else lambda _: None
+    for module in (attending, elementwise, multiplying):
+        module.kernel = find if way == WAYS[1] else lambda _: None
 
 
 def main() -> None:

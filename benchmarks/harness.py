@@ -35,8 +35,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def chosen_cases(options: argparse.Namespace, cases: dict[str, Any]) -> dict[str, Any]:
-    """The cases, whose first entry is the size, that the options ask for; those of size M are not quick."""
+    """The cases, whose first entry is the size, that the options ask for; those of size M are not quick. Those in bfloat16 are
+    left out where the processor would take for ever."""
+    import torch
+
     wanted = {name: case for name, case in cases.items() if any(text in name for text in options.only)}
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and any("bfloat16" in case for case in wanted.values()):
+        print("bfloat16 is left out: this processor does not multiply matrices in it")
+        wanted = {name: case for name, case in wanted.items() if "bfloat16" not in case}
     return {name: case for name, case in wanted.items() if case[0] == "S" or not options.quick}
 
 

@@ -1,10 +1,12 @@
-"""Rates of float32 matrix products on this processor: through MKL (`F.linear`), and through oneDNN.
+"""Rates of float32 matrix products on this processor: through MKL (`F.linear`, `@`), oneDNN and compiled kernels.
 
-update     `[tokens, in] x [in, out]` forward, by the states (g W) and by the weight (g^T x), one product again and again
+update     `[tokens, in] x [in, out]` forward, by the states (g W) and by the weight (g^T x); the ways in turn, on one of
+           several sets of matrices after the other, so that these come from memory as they do in training
 decoding   all linear layers of a model of size S one after the other, whose weights do not fit into the caches: MKL, oneDNN,
            oneDNN with weights packed for it beforehand, and W x^T
 
-GFLOP/s from medians; `models/linears.py` and `rollout/linears.py` choose by them.
+GFLOP/s from medians; `models/products.py` and `rollout/linears.py` choose by them. Kernels are measured whether they are chosen
+on this processor or not.
 
 usage: OMP_NUM_THREADS=2 python benchmarks/products.py [--quick] [--json FILE]
 """
@@ -20,11 +22,16 @@ import torch
 from harness import heading, machine, own_versions, parser, write_json
 from torch import Tensor
 
+from quartet import kernels
+from quartet.kernels import multiplying
+
 TOKENS = 896
 SHAPES = ((256, 256), (2048, 256), (256, 2048), (8192, 256), (16, 256), (256, 16), (768, 768), (3072, 768), (768, 3072))
 """Out, in: sizes S and M, and adapters of rank 16."""
 LAYER = ((256, 256),) * 4 + ((2048, 256),) * 2 + ((256, 2048),)
 LAYERS, HEAD = 6, (8192, 256)
+SETS = 7
+"""Matrices of a shape that take turns: more than the caches hold, but of the smallest."""
 
 
 def onednn(states: Tensor, weight: Tensor) -> Tensor:
@@ -43,20 +50,46 @@ def seconds(work: Callable[[], Any], times: int) -> float:
     return median(taken[2:])
 
 
+def by_kernels(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right` over `out`, by compiled kernels.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    if not kernels.multiply(out, kernels.Term(left, right)):
+        raise SystemExit("there are no compiled kernels here; install Quartet where there is a C compiler")
+    return out
+
+
 def update(times: int) -> list[dict[str, Any]]:
     """One row for each shape."""
     rows = []
     for out, wide in SHAPES:
-        states, weight, gradient = torch.randn(TOKENS, wide), torch.randn(out, wide), torch.randn(TOKENS, out)
-        done = {
-            "forward MKL": lambda x=states, w=weight: torch.nn.functional.linear(x, w),
-            "forward oneDNN": lambda x=states, w=weight: onednn(x, w),
-            "by states MKL": lambda g=gradient, w=weight: g @ w,
-            "by states oneDNN": lambda g=gradient, w=weight: onednn(g, w.t()),
-            "by weight MKL": lambda g=gradient, x=states: g.t() @ x,
+        sets = [
+            (torch.randn(TOKENS, wide), torch.randn(out, wide), torch.randn(TOKENS, out), torch.empty(TOKENS, out))
+            for _ in range(SETS)
+        ]
+        by_states, by_weight = torch.empty(TOKENS, wide), torch.empty(out, wide)
+        ways: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+            "forward MKL": lambda x, w, g, y: torch.mm(x, w.t(), out=y),
+            "forward oneDNN": lambda x, w, g, y: onednn(x, w),
+            "forward kernels": lambda x, w, g, y: by_kernels(x, w.t(), y),
+            "by states MKL": lambda x, w, g, y, out=by_states: torch.mm(g, w, out=out),
+            "by states oneDNN": lambda x, w, g, y: onednn(g, w.t()),
+            "by states kernels": lambda x, w, g, y, out=by_states: by_kernels(g, w, out),
+            "by weight MKL": lambda x, w, g, y, out=by_weight: torch.mm(g.t(), x, out=out),
+            "by weight kernels": lambda x, w, g, y, out=by_weight: by_kernels(g.t(), x, out),
         }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(times + 1):
+            for number, (name, run) in enumerate(ways.items()):
+                given = sets[(turn * len(ways) + number) % SETS]
+                start = time.perf_counter()
+                run(*given)
+                if turn:  # the first warms up
+                    taken[name].append(time.perf_counter() - start)
         work = 2 * TOKENS * out * wide / 1e9
-        rows.append({"out": out, "in": wide} | {name: work / seconds(run, times) for name, run in done.items()})
+        rows.append({"out": out, "in": wide} | {name: work / median(found) for name, found in taken.items()})
     return rows
 
 
@@ -95,6 +128,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     versions = {"quartet": own_versions()}
     print(heading(versions, options.threads), f"({torch.backends.cpu.get_cpu_capability()})")
+    multiplying.library_is_slow, multiplying.LEAST = lambda: True, 0
     times = 5 if options.quick else 21
     figures = {"update": update(times), "decoding": decoding(times)}
     for rows in figures.values():
