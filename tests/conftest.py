@@ -72,8 +72,8 @@ def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         request.getfixturevalue("without_kernels")
     elif elementwise.kernel("silu_product_f32") is None:
         pytest.skip("no kernels: no compiler was there at installation")
-    monkeypatch.setattr(multiplying, "library_is_slow", lambda: by == "products")
-    monkeypatch.setattr(multiplying, "LEAST", 0)
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: by == "products")
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
     return by
 
 

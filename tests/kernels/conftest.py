@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,19 +24,22 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
     """The library as it is compiled for a generation."""
     known: dict[str, ctypes.CDLL] = {}
-    folder, place = library.FILE.parent, tmp_path_factory.mktemp("kernels")
+    folder, own = library.FILE.parent, tmp_path_factory.mktemp("kernels")
+    shared = own.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # of all workers of this run
 
     def make(name: str) -> ctypes.CDLL:
         if name not in known:
-            made, built = place / f"{name}.o", place / f"{name}.so"
+            made, linked, built = own / f"{name}.o", own / f"{name}.so", shared / f"kernels-{name}.so"
             flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-w", '-DBUILT_FROM=""']
             source = str(folder / "kernels.c")
-            subprocess.run(["cc", *flags, *GENERATIONS[name], "-c", source, "-o", str(made)], check=True)
-            subprocess.run(["cc", "-shared", str(made), "-o", str(built), "-lm"], check=True)
+            if not built.exists():
+                subprocess.run(["cc", *flags, *GENERATIONS[name], "-c", source, "-o", str(made)], check=True)
+                subprocess.run(["cc", "-shared", str(made), "-o", str(linked), "-lm"], check=True)
+                linked.replace(built)
             threads = library._threads_of_torch()
             assert threads is not None
             ctypes.CDLL(threads, ctypes.RTLD_GLOBAL)

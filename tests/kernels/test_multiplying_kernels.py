@@ -11,6 +11,7 @@ from torch import Tensor
 from quartet import kernels
 from quartet.kernels import Term, library, multiplying
 
+faster = multiplying.kernels_are_faster.__wrapped__
 ORDERS = ("rows", "columns", "apart")
 """Numbers of a row side by side, of a column, or neither."""
 
@@ -18,8 +19,8 @@ ORDERS = ("rows", "columns", "apart")
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every processor, and at every size."""
-    monkeypatch.setattr(multiplying, "library_is_slow", lambda: True)
-    monkeypatch.setattr(multiplying, "LEAST", 0)
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
 
 
 def matrix(rows: int, columns: int, order: str = "rows", seed: int = 0) -> Tensor:
@@ -42,7 +43,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("orders", [(left, right) for left in ORDERS for right in ORDERS], ids="-".join)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (6, 16, 32), (97, 300, 70), (13, 5, 200), (200, 40, 9), (11, 290, 1100)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (6, 16, 32), (97, 300, 70), (13, 5, 200), (200, 40, 9), (40, 600, 16), (11, 290, 1100)]
+)
 def test_a_product(generation: str, shape: tuple[int, int, int], orders: tuple[str, str], threads: int) -> None:
     torch.set_num_threads(threads)
     rows, width, columns = shape
@@ -115,6 +118,69 @@ def test_what_does_not_fit_is_left_to_torch(generation: str) -> None:
     assert kernels.multiply(out, Term(left, right), bias=torch.zeros(6))
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "bias"), [((4, 6), (5, 6), 6), ((3, 5), (5, 6), 6), ((4, 5), (5, 7), 6), ((4, 5), (5, 6), 5)]
+)
+def test_shapes_that_do_not_go_together_are_left_to_torch(
+    generation: str, left: tuple[int, int], right: tuple[int, int], bias: int
+) -> None:
+    out = torch.zeros(4, 6)
+    assert not kernels.multiply(out, Term(matrix(*left), matrix(*right)), bias=torch.zeros(bias))
+    assert not out.any()
+
+
+@pytest.mark.parametrize(("rows", "width", "columns"), [(0, 5, 6), (4, 0, 6), (4, 5, 0)])
+def test_nothing_is_left_to_torch(generation: str, rows: int, width: int, columns: int) -> None:
+    assert not kernels.multiply(torch.zeros(rows, columns), Term(matrix(rows, width), matrix(width, columns)))
+
+
+def test_a_few_columns_of_a_scaled_term(generation: str) -> None:
+    term = Term(matrix(40, 600), matrix(600, 16, seed=1), -1.5)
+    out = torch.empty(40, 16)
+    assert kernels.multiply(out, term)
+    assert relative(out, exact(term)) < 1e-6
+
+
+@pytest.mark.parametrize("threads", range(1, 9))
+def test_any_number_of_threads(generation: str, threads: int) -> None:
+    """Each takes a rectangle of the result."""
+    torch.set_num_threads(threads)
+    for rows, columns in ((300, 300), (30, 900), (900, 30)):
+        term = Term(matrix(rows, 200), matrix(200, columns, seed=1))
+        out = torch.full((rows, columns), torch.nan)
+        assert kernels.multiply(out, term)
+        assert relative(out, exact(term)) < 1e-6
+
+
+def test_a_room_is_of_float32_whatever_the_default() -> None:
+    """And so large that the kernel stays within it."""
+    multiplying._kept.__dict__.clear()
+    term, out = Term(matrix(100, 300), matrix(300, 100, seed=1)), torch.empty(100, 100)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            if not kernels.multiply(out, term):
+                pytest.skip("no kernels: no compiler was there at installation")
+    finally:
+        torch.set_default_dtype(before)
+    assert multiplying._kept.room.dtype == torch.float32
+    assert multiplying._kept.room.device.type == "cpu"
+    assert relative(out, exact(term)) < 1e-6
+
+
+def test_without_code_for_wide_vectors_torch_multiplies(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it depends on the processor."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(multiplying, "is_intel", lambda: False)
+    assert library.has_wide_vectors() is (generation != "any" and _has_avx2())
+    assert faster() is library.has_wide_vectors()
+
+
+def _has_avx2() -> bool:
+    return all(name in Path("/proc/cpuinfo").read_text().split() for name in ("avx2", "fma", "bmi2", "movbe"))
+
+
 def test_the_result_counts_as_changed() -> None:
     out = torch.zeros(4, 6)
     before = out._version
@@ -124,14 +190,22 @@ def test_the_result_counts_as_changed() -> None:
 
 
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiplying, "LEAST", 4 * 5 * 6 + 1)
+    monkeypatch.setattr(multiplying, "SMALLEST", 4 * 5 * 6 + 1)
     assert not kernels.multiply(torch.zeros(4, 6), Term(matrix(4, 5), matrix(5, 6)))
 
 
 def test_a_room_is_as_large_as_the_kernel_says() -> None:
     text = (Path(library.__file__).parent / "terms.h").read_text()
-    numbers = {
-        words[1]: words[2] for line in text.splitlines() if len(words := line.split()) > 2 and words[0] == "#define"
-    }
-    deep, high, across = (int(numbers[name]) for name in ("DEEP", "HIGH", "ACROSS"))
-    assert deep * (high + across + 32) == multiplying.WITHIN
+    lines = [
+        line.removeprefix("#define ").split("/*")[0].split(maxsplit=1)
+        for line in text.splitlines()
+        if "#define" in line
+    ]
+    numbers: dict[str, int] = {}
+    for name, value in lines:
+        for known, number in numbers.items():
+            value = value.replace(known, str(number))
+        assert set(value) <= set("0123456789()*+ ")
+        numbers[name] = eval(value)
+    assert numbers["WITHIN"] == multiplying.WITHIN
+    assert numbers["HIGH"] % 12 == 0

@@ -8,8 +8,7 @@ import torch
 
 from checkpoints import write_model
 from pipeline import Pipeline
-from quartet.kernels import decodes, room_of_products
-from quartet.kernels.multiplying import WITHIN
+from quartet.kernels import decodes
 from quartet.memory.choices import choices_of, workload_of
 from quartet.memory.estimate import Estimator
 from quartet.memory.figures import Estimate
@@ -204,15 +203,13 @@ def test_shards(tiny_run: Any, engine: str, weights: int, gradients: int, optimi
 
 
 def test_a_process_engine_adds_to_what_libraries_keep(tiny_run: Any, computed_by: str) -> None:
-    """And keeps what oneDNN takes for few rows, which a single process does not have where kernels decode; both have the room
-    in which kernels multiply."""
+    """And keeps what oneDNN takes for few rows, which a single process does not have where kernels decode."""
     pipeline = Pipeline(tiny_run("llama"))
     alone, many = (estimate_for(pipeline, engine=engine, world_size=2) for engine in ("none", "ddp"))
     for phase in ("rollout", "scoring", "update"):
         fewer = 0 if computed_by == "torch" else FEW_ROWS["float32"]
-        room = 4 * WITHIN * torch.get_num_threads() if computed_by == "products" else 0
         kept = (alone.phase(phase).libraries, many.phase(phase).libraries)
-        assert kept == (LIBRARIES - fewer + room, LIBRARIES + WITH_ENGINE + room)
+        assert kept == (LIBRARIES - fewer, LIBRARIES + WITH_ENGINE)
     assert WITH_ENGINE > 0
 
 
@@ -257,6 +254,6 @@ def test_an_adapters_file_is_beside_the_adapter_that_it_fills(
         assert quantized.load.libraries == pytest.approx(imported + objects + QUANTIZING["4bit"] * largest)
         fewer = FEW_ROWS["float32"] if decodes(torch.float32) else 0
         assert (estimate.phase("update").libraries, quantized.fixed("update").libraries) == (
-            LIBRARIES - fewer + room_of_products(),
-            WITH_QUANTIZATION["4bit"] + room_of_products(),
+            LIBRARIES - fewer,
+            WITH_QUANTIZATION["4bit"],
         )

@@ -68,8 +68,8 @@ def test_results_and_gradients_are_those_of_float64(
     if library == "kernels" and multiplying.kernel("multiply") is None:
         pytest.skip("no kernels: no compiler was there at installation")
     monkeypatch.setattr(products, "_widest_vectors", lambda: library == "oneDNN")
-    monkeypatch.setattr(multiplying, "library_is_slow", lambda: library == "kernels")
-    monkeypatch.setattr(multiplying, "LEAST", 0)
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: library == "kernels")
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
     names = () if name is None else (name, "two")
     states = torch.randn(shape)
     exact, fast = make(*names, dtype=torch.float64), make(*names)
@@ -81,6 +81,27 @@ def test_results_and_gradients_are_those_of_float64(
     assert name is None or any("lora_A.one" in key for key in found)
     for key, value in expected.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_tokens_have_no_gradient(name: str | None, shape: tuple[int, ...]) -> None:
+    fast = make(*(() if name is None else (name, "two")))
+    use_fast_linears(fast)
+    with AdapterSwitch(fast).on(name):
+        found = gradients(fast, torch.randn(shape))
+    assert found["states"].shape == shape
+    assert found["result"].shape == (*shape[:-1], 3)
+    assert not any(value.any() for value in found.values())
+
+
+def test_shapes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
+    layer = FastLinear(64, 512)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(8, 65))
+    assert layer(torch.randn(64)).shape == (512,)
 
 
 def test_the_low_rank_gradient_is_exact() -> None:
@@ -226,6 +247,7 @@ def test_what_mkl_leaves_unused_on_other_makers_processors(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(multiplying, "is_intel", lambda: intel)
+    monkeypatch.setattr(multiplying, "has_wide_vectors", lambda: True)
     monkeypatch.setattr(kernels, "is_intel", lambda: intel)
     assert products._widest_vectors.__wrapped__() is unused
-    assert multiplying.library_is_slow.__wrapped__() is slow
+    assert multiplying.kernels_are_faster.__wrapped__() is slow

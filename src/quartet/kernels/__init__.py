@@ -8,7 +8,7 @@ from quartet.kernels.attending import attention, attention_fits, attention_gradi
 from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, alike, decodes, few_rows
 from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
-from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply, room_of_products
+from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
 
 __all__ = [
     "FEW",
@@ -28,7 +28,6 @@ __all__ = [
     "multiply",
     "rms_norm",
     "rms_norm_gradient",
-    "room_of_products",
     "rotary",
     "rotary_fits",
     "silu_gradient",

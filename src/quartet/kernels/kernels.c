@@ -72,12 +72,13 @@ INLINE float sigmoid(float x) {
         if (threads < 2) {                                                                                              \
             long from = 0, to = rows;                                                                                   \
             long thread = 0;                                                                                            \
-            (void)thread;                                                                                               \
+            (void)thread, (void)to;                                                                                     \
             call;                                                                                                       \
         } else {                                                                                                        \
             _Pragma("omp parallel for schedule(static) num_threads((int)threads)") for (long thread = 0; thread < threads;   \
                                                                                    thread++) {                          \
                 long from = rows * thread / threads, to = rows * (thread + 1) / threads;                                \
+                (void)to;                                                                                               \
                 call;                                                                                                   \
             }                                                                                                           \
         }                                                                                                               \

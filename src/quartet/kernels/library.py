@@ -65,6 +65,15 @@ def are_there() -> bool:
     return _library() is not None
 
 
+def has_wide_vectors() -> bool:
+    """Whether the kernels hold code for this processor's vectors: not where the compiler knew one generation only."""
+    library = _library()
+    if library is None:
+        return False
+    library.has_wide_vectors.restype = ctypes.c_long
+    return bool(library.has_wide_vectors())
+
+
 def fit(*tensors: Tensor) -> bool:
     """Whether these are plain tensors in the memory of this machine, or stand for such in a plan."""
     for tensor in tensors:  # asked for at every call of a kernel: a loop takes a quarter of the time of `all`

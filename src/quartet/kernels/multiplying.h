@@ -1,19 +1,32 @@
-/* Sums of matrix products in float32, the longer side of which is shared among threads. */
+/* Sums of matrix products in float32, shared among threads. */
 
-static long shared_unit(const products *p) { return p->rows >= p->columns ? 12 : 32; } /* whole tiles of every generation */
+#define WORTH 262144 /* multiplications for which a thread is called */
 
-static void multiplied_part(const products *p, long thread, long from, long to) {
-    float *room = p->room + thread * WITHIN;
-    const long unit = shared_unit(p);
-    if (p->rows >= p->columns)
-        BEST(multiplied)(p, room, from * unit, to * unit < p->rows ? to * unit : p->rows, 0, p->columns);
-    else
-        BEST(multiplied)(p, room, 0, p->rows, from * unit, to * unit < p->columns ? to * unit : p->columns);
+/* Whether this build holds code for this processor's vectors: what every compiler makes of it for any processor is slow. */
+long has_wide_vectors(void) {
+#ifdef GENERATIONS
+    return is_v3() != 0;
+#else
+    return 0;
+#endif
 }
 
-/* out = sum_t scale_t A_t B_t + bias, or that more. */
-void multiply(const products *p) {
-    const long side = p->rows >= p->columns ? p->rows : p->columns, unit = shared_unit(p), threads = p->threads;
-    const long shares = (side + unit - 1) / unit;
-    RANGE(shares, threads, multiplied_part(p, thread, from, to));
+/* The part of one of `high * across` threads: whole tiles of every generation. */
+static void multiplied_part(const product_sum *p, long thread, long high, long across) {
+    const long tall = (p->rows + 11) / 12, wide = (p->columns + 31) / 32, down = thread / across, along = thread % across;
+    const long from = tall * down / high * 12, to = tall * (down + 1) / high * 12;
+    const long left = wide * along / across * 32, right = wide * (along + 1) / across * 32;
+    if (from < to && left < right)
+        BEST(block_multiplied)(p, p->room + thread * WITHIN, from, to < p->rows ? to : p->rows, left, right < p->columns ? right : p->columns);
+}
+
+/* out = sum_t scale_t A_t B_t + bias, or that more; there are rows, columns and widths. */
+void multiply(const product_sum *p) {
+    long width = 0, high = 1;
+    for (long n = 0; n < p->count; n++) width += p->terms[n].width;
+    const long worth = p->rows * p->columns * width / WORTH + 1, threads = p->threads < worth ? p->threads : worth;
+    /* Each thread packs all that its part is made of: the less, the squarer its part. */
+    for (long n = 1; n <= threads; n++)
+        if (threads % n == 0 && p->rows / n + p->columns * n / threads < p->rows / high + p->columns * high / threads) high = n;
+    RANGE(threads, threads, multiplied_part(p, from, high, threads / high));
 }

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from quartet.kernels.library import are_real, fit, kernel
+from quartet.kernels.library import are_real, fit, has_wide_vectors, kernel
 
 WITHIN = 288 * (96 + 1024 + 32)
-"""Numbers of a thread's room (`WITHIN` in terms.h)."""
-LEAST = 2**17
+"""Numbers of a thread's room (`WITHIN` in terms.h), which is kept. MKL keeps more for its own products, so that a plan of
+memory counts no more where kernels multiply."""
+SMALLEST = 2**17
 """Multiplications below which a call of torch's product costs less."""
 _kept = threading.local()
 
@@ -32,22 +33,23 @@ class Term(NamedTuple):
 
 _HEAD = "9q"
 _TERM = "7qf4x"
-"""`products` and `term` in terms.h, the terms after the head."""
+"""`product_sum` and `term` in terms.h, the terms after the head."""
 
 
 def multiplies() -> bool:
     """Whether products in float32 are computed by kernels here: where there are some, and torch's library is slower."""
-    return library_is_slow() and kernel("multiply") is not None
+    return kernels_are_faster() and kernel("multiply") is not None
 
 
 @cache
-def library_is_slow() -> bool:
+def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
 
-    That is MKL, which reaches half to three quarters of what AMD's processors with AVX2 can do. On Intel's it is at its best,
-    and where vectors are wider oneDNN multiplies.
+    That is MKL, which reaches half to three quarters of what two cores of AMD's processors with AVX2 can do. On Intel's it is
+    at its best, and where vectors are wider oneDNN multiplies.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not is_intel()
+    vectors = torch.backends.cpu.get_cpu_capability() == "AVX2" and has_wide_vectors()
+    return vectors and not is_intel() and torch.backends.mkl.is_available()
 
 
 @cache
@@ -59,31 +61,30 @@ def is_intel() -> bool:
         return "Intel" in platform.processor()
 
 
-def room_of_products() -> int:
-    """Bytes that the kernels keep to multiply in, by as many threads as torch has."""
-    return 4 * WITHIN * torch.get_num_threads() if multiplies() else 0
-
-
 def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = False) -> bool:
     """The sum of some products over `out`, or added to it.
 
     Args:
-        out: `[rows, columns]`, numbers of a row side by side.
+        out: `[rows, columns]`, numbers of a row side by side, in memory of which no term has a part.
         bias: `[columns]`, added to every row.
 
     Returns:
-        Whether it was computed.
+        Whether it was computed: not where shapes do not go together, about which torch has something to say.
     """
     if not multiplies():
         return False
+    rows, columns = out.shape
     tensors, width = [out], 0
     for left, right, _ in terms:
+        if left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
+            return False
         tensors += (left, right)
         width += left.shape[1]
     if bias is not None:
+        if bias.shape != (columns,):
+            return False
         tensors.append(bias)
-    rows, columns = out.shape
-    if rows * columns * width < LEAST or not _fit(tensors, out, bias):
+    if rows * columns * width < max(SMALLEST, 1) or not _fit(tensors, out, bias):
         return False
     if are_real(*tensors):
         threads, function = torch.get_num_threads(), kernel("multiply")
@@ -113,5 +114,5 @@ def _room(threads: int) -> Tensor:
     """This thread's own, kept from call to call."""
     room: Tensor | None = getattr(_kept, "room", None)
     if room is None or room.numel() < threads * WITHIN:
-        room = _kept.room = torch.empty(threads * WITHIN)
+        room = _kept.room = torch.empty(threads * WITHIN, dtype=torch.float32, device="cpu")
     return room

@@ -58,7 +58,7 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
 }
 
 /* The same of all terms, from place `start` of their widths on, which are put one after the other. */
-TARGET INLINE void SUITED(packed)(const int side, int left, const products *p, long first, long count, long start, long width,
+TARGET INLINE void SUITED(packed)(const int side, int left, const product_sum *p, long first, long count, long start, long width,
                                   float *out) {
     long place = 0; /* of a term's first number */
     for (long n = 0; n < p->count; place += p->terms[n].width, n++) {
@@ -127,7 +127,7 @@ TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a
 }
 
 /* Rows `from` to `to` of columns `left` to `right`. */
-TARGET static void SUITED(multiplied)(const products *p, float *room, long from, long to, long left, long right) {
+TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, long from, long to, long left, long right) {
     float *own_a = room, *own_b = room + DEEP * HIGH;
     long total = 0;
     for (long n = 0; n < p->count; n++) total += p->terms[n].width;

@@ -14,7 +14,7 @@ typedef struct {
     float *out, *room;
     const float *bias;
     term terms[]; /* `count` of them */
-} products;
+} product_sum;
 
 #define DEEP 288      /* of the widths, put one after the other, that panels hold at once */
 #define HIGH 96       /* rows of A; a multiple of every TILE */

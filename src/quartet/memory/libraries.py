@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from quartet.distributed import CUTTING
-from quartet.kernels import decodes, room_of_products
+from quartet.kernels import decodes
 from quartet.memory.adapter_sizes import TensorSizes
 from quartet.memory.choices import Choices, Workload, torch_dtype
 from quartet.memory.figures import RoleBytes
@@ -109,8 +109,6 @@ def libraries_in_phases(choices: Choices, objects: float) -> float:
         kept = AT_LOAD + ADAPTERS_AT_LOAD * (choices.lora is not None) + int(objects) + IN_BFLOAT16
     if choices.engine == "none" and choices.quantization is None and decodes(torch_dtype(choices.dtype)):
         kept -= FEW_ROWS[choices.dtype]
-    if choices.dtype == "float32":
-        kept += room_of_products()
     return kept + WITH_ENGINE * (choices.engine != "none")
 
 

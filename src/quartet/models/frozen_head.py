@@ -102,10 +102,7 @@ class _Rooms:
         """`x W^T + b`, `[n, V]`."""
         if self._logits is None:
             return linear_product(states, weight, bias)
-        into = self._logits[: len(states)]
-        if bias is None:
-            return product_into(into, states, weight.t())
-        return torch.addmm(bias, states, weight.t(), out=into)
+        return product_into(self._logits[: len(states)], states, weight.t(), bias)
 
     def exponentials(
         self, logits: Tensor, top: Tensor, temperature: float, with_entropy: bool

@@ -121,10 +121,7 @@ def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
     """What a layer gives, `[tokens, intermediate]` in borrowed memory, and its low-rank states."""
     result = LENDER.borrowed(states, len(states), len(layer.weight))
     if layer.down is None or layer.up is None:
-        product_into(result, states, layer.weight.t())
-        if layer.bias is not None:
-            result += layer.bias
-        return result, None
+        return product_into(result, states, layer.weight.t(), layer.bias), None
     if has_kernels(layer.weight):
         low = product(states, layer.down.t())
         terms = Term(states, layer.weight.t()), Term(low, layer.up.t(), layer.scale)

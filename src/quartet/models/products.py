@@ -58,16 +58,19 @@ def computed_in(states: Tensor) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right`, of matrices."""
-    if kernels.multiplies() and left.dtype == torch.float32:
+    if kernels.multiplies() and left.dtype == torch.float32 and on_cpu(left):
         out = left.new_empty(len(left), right.shape[1])
         if kernels.multiply(out, Term(left, right)):
             return out
+        del out
     return left @ right
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` over what `out` holds."""
-    return out if kernels.multiply(out, Term(left, right)) else torch.mm(left, right, out=out)
+def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`left @ right`, and a bias for each column, over what `out` holds, of whose memory the others have no part."""
+    if kernels.multiply(out, Term(left, right), bias=bias):
+        return out
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -77,9 +80,10 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) ->
 
 def sum_into(out: Tensor, *terms: Term) -> Tensor:
     """The sum of the terms, the first of which is not scaled, over what `out` holds."""
+    first, *others = terms
+    assert first.scale == 1.0, f"the first term is scaled by {first.scale}"
     if kernels.multiply(out, *terms):
         return out
-    first, *others = terms
     torch.mm(first.left, first.right, out=out)
     for term in others:
         out.addmm_(term.left, term.right, alpha=term.scale)
@@ -101,7 +105,7 @@ def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
     """`g W`, no gradient asked."""
     if gradient.dtype == torch.float32 and has_kernels(weight):
-        return product(gradient.flatten(0, -2), weight).view(*gradient.shape[:-1], -1)
+        return product(gradient.flatten(0, -2), weight).view(*gradient.shape[:-1], weight.shape[1])
     if gradient.dtype == torch.float32 and has_onednn(weight) and min(weight.shape) >= SMALLEST_TRANSPOSED:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
         return result
