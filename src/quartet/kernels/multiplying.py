@@ -45,8 +45,8 @@ def multiplies() -> bool:
 def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
 
-    That is MKL, which reaches half to three quarters of what two cores of AMD's processors with AVX2 can do. On Intel's it is
-    at its best, and where vectors are wider oneDNN multiplies.
+    That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.55 to 1.1 of its time, at narrow matrices up to 1.5
+    (benchmarks/products.py). On Intel's it is at its best, and where vectors are wider oneDNN multiplies.
     """
     vectors = torch.backends.cpu.get_cpu_capability() == "AVX2" and has_wide_vectors()
     return vectors and not is_intel() and torch.backends.mkl.is_available()
