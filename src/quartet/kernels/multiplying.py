@@ -16,8 +16,8 @@ from torch.autograd.graph import increment_version
 from quartet.kernels.library import are_real, fit, has_wide_vectors, kernel
 
 WITHIN = 288 * (96 + 1024 + 32)
-"""Numbers of a thread's room (`WITHIN` in terms.h), which is kept. MKL keeps more for its own products, so that a plan of
-memory counts no more where kernels multiply."""
+"""Numbers of a thread's room (`WITHIN` in terms.h), which is kept. A plan of memory does not count it: it lies within what is
+counted for the libraries, which multiply less where kernels do."""
 SMALLEST = 2**17
 """Multiplications below which a call of torch's product costs less."""
 _kept = threading.local()
