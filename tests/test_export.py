@@ -42,7 +42,8 @@ def ours(pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         with policy.active():
             hidden = hidden_of(policy.backbone, IDS, policy.adapter)
-            logits = policy.head(hidden.flatten(0, 1)).view(*IDS.shape, -1)  # as many rows as in the library's own product
+            rows = hidden.flatten(0, 1)  # as many as in the library's own product
+            logits = policy.head(rows).view(*IDS.shape, -1)
         return logits, value.head(hidden_of(value.backbone, IDS, value.adapter)[:, -1])
 
 
