@@ -79,6 +79,26 @@ def test_sums_of_products(generation: str, widths: tuple[int, ...], biased: bool
     assert (room[:, columns + 3 :] == 77).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 16, 32, 33])
+@pytest.mark.parametrize("columns", [64, 96, 1056, 1057])
+def test_few_rows_that_lie_upright(generation: str, columns: int, rows: int, threads: int) -> None:
+    """The gradients of adapters: whole tiles of the other matrix are read where they are, its columns beside them are not."""
+    torch.set_num_threads(threads)
+    beside = torch.full((200, columns + 20), torch.nan)
+    beside[:, 4 : columns + 4] = matrix(200, columns)
+    term = Term(matrix(rows, 200, "columns", 1), beside[:, 4 : columns + 4], -0.5)
+    out = torch.full((rows, columns), torch.nan)
+    assert kernels.multiply(out, term)
+    assert relative(out, exact(term)) < 1e-6
+    alone = torch.empty(rows, columns)
+    torch.set_num_threads(1)
+    assert kernels.multiply(alone, term)
+    assert torch.equal(out, alone)
+    assert kernels.multiply(out, term, add=True)
+    assert relative(out, 2 * exact(term)) < 1e-6
+
+
 @pytest.mark.parametrize(("width", "columns"), [(300, 16), (300, 300), (16, 40)])
 def test_a_row_is_bit_for_bit_what_it_is_alone(generation: str, width: int, columns: int) -> None:
     """Beside any others, in any number of threads."""

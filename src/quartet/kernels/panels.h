@@ -73,9 +73,9 @@ TARGET INLINE void SUITED(packed)(const int side, int left, const product_sum *p
     }
 }
 
-/* Up to TILE rows of `out` and up to two vectors of its columns. */
-TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long width, float *out,
-                                  long out_row, long columns, int add) {
+/* Up to TILE rows of `out` and up to two vectors of its columns; `b_row` numbers from one row of these vectors to the next. */
+TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long b_row, long width,
+                                  float *out, long out_row, long columns, int add) {
     SUITED(lanes) sum[2 * TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < 2 * rows; i++) sum[i] = (SUITED(lanes)){0};
@@ -84,7 +84,7 @@ TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, lo
     const float *second = a + (rows > 4 ? 4 : 0) * a_row, *third = a + (rows > 8 ? 8 : 0) * a_row;
 #pragma GCC unroll 4
     for (long k = 0; k < width; k++) {
-        const SUITED(lanes) left = SUITED(load_f32)(b + k * 2 * LANES), right = SUITED(load_f32)(b + k * 2 * LANES + LANES);
+        const SUITED(lanes) left = SUITED(load_f32)(b + k * b_row), right = SUITED(load_f32)(b + k * b_row + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             const float *one = i < 4 ? a + i * a_row : i < 8 ? second + (i - 4) * a_row : third + (i - 8) * a_row;
@@ -108,21 +108,22 @@ TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, lo
         for (long j = 0; j < columns; j++) out[i * out_row + j] = whole[i * 2 * LANES + j] + (add ? out[i * out_row + j] : 0.0f);
 }
 
-/* All tiles of some packed columns and of rows that are packed (a_row 1, a_step TILE), or read where they are (a_step 1). */
-TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a_tile, const float *b, long rows, long columns,
-                                 long width, float *out, long out_row, int add) {
+/* All tiles of rows that are packed (a_row 1, a_step TILE), or read where they are (a_step 1), and of columns that are packed (b_row
+ * 2 LANES, `b_column` the width), or read where they are (b_column 1). */
+TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a_tile, const float *b, long b_row, long b_column,
+                                 long rows, long columns, long width, float *out, long out_row, int add) {
     for (long j = 0; j < columns; j += 2 * LANES) {
         const long across = columns - j < 2 * LANES ? columns - j : 2 * LANES;
-        const float *panel = b + j * width;
+        const float *panel = b + j * b_column;
         float *o = out + j;
         long i = 0;
         for (; i + TILE <= rows; i += TILE)
-            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
         const float *last = a + i / TILE * a_tile;
         for (; i + 4 <= rows; i += 4, last += 4 * a_row)
-            SUITED(corner)(4, last, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(4, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
         for (; i < rows; i++, last += a_row)
-            SUITED(corner)(1, last, a_row, a_step, panel, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(1, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
     }
 }
 
@@ -131,13 +132,15 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
     float *own_a = room, *own_b = room + DEEP * HIGH;
     long total = 0;
     for (long n = 0; n < p->count; n++) total += p->terms[n].width;
-    const long blocks = (total + DEEP - 1) / DEEP;
+    const term *t = p->terms;
+    /* Never where a row is a token's: it is summed up in blocks of one depth, however many there are. */
+    const int upright = p->count == 1 && p->rows <= FEW_ROWS && t->a_step != 1 && t->b_step == 1 && p->columns % (2 * LANES) == 0;
+    const long deep = upright ? SHALLOW : DEEP, blocks = (total + deep - 1) / deep;
     for (long j = left; j < right; j += ACROSS) {
         const long columns = right - j < ACROSS ? right - j : ACROSS;
         for (long n = 0; n < blocks; n++) {
             const long start = total * n / blocks, width = total * (n + 1) / blocks - start;
-            SUITED(packed)(2 * LANES, 0, p, j, columns, start, width, own_b);
-            const term *t = p->terms;
+            if (!upright) SUITED(packed)(2 * LANES, 0, p, j, columns, start, width, own_b);
             const int direct = p->count == 1 && t->a_step == 1 && t->scale == 1.0f && columns <= FEW_COLUMNS;
             for (long i = from; i < to; i += HIGH) {
                 const long rows = to - i < HIGH ? to - i : HIGH;
@@ -148,11 +151,14 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
                 const int more = n || p->add || p->bias;
                 if (direct) {
                     const float *a = t->a + i * t->a_row + start;
-                    SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, rows, columns, width, out, p->out_row, more);
+                    SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more);
                     continue;
                 }
                 SUITED(packed)(TILE, 1, p, i, rows, start, width, own_a);
-                SUITED(tiled)(own_a, 1, TILE, TILE * width, own_b, rows, columns, width, out, p->out_row, more);
+                if (upright)
+                    SUITED(tiled)(own_a, 1, TILE, TILE * width, t->b + start * t->b_row + j, t->b_row, 1, rows, columns, width, out, p->out_row, more);
+                else
+                    SUITED(tiled)(own_a, 1, TILE, TILE * width, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more);
             }
         }
     }

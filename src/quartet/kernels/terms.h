@@ -20,4 +20,6 @@ typedef struct {
 #define HIGH 96       /* rows of A; a multiple of every TILE */
 #define ACROSS 1024   /* columns of B */
 #define FEW_COLUMNS 32 /* up to which rows of A are read where they are: packing them would take longer than it saves */
+#define FEW_ROWS 32    /* the same of rows and B, */
+#define SHALLOW 64    /* of whose rows so many are read again from the caches for each tile */
 #define WITHIN (DEEP * (HIGH + ACROSS + 32))
