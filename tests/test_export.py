@@ -84,7 +84,8 @@ def test_policy_and_value_load_without_quartet(
     family: str, plan: str, sft: str, reward: str, tiny_run: TinyRun, tmp_path: Path, library: Any
 ) -> None:
     pipeline = trained(tiny_run, tmp_path, family, sft, reward, **PLANS[plan])
-    # In float64, where the order in which products are summed up does not show; roles with adapters compute in float32.
+    # In float64, where the order in which products are summed up does not show; roles with adapters compute in float32, and
+    # add them up in another order than PEFT.
     dtype, apart = torch.float64, 2e-5
     if plan == "full":
         apart = 1e-9

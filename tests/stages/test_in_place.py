@@ -17,15 +17,24 @@ from tiny import TinyRun
 SEVERAL: dict[str, Any] = {"rollout.batch_size": 8, "ppo.epochs": 2, "ppo.minibatches": 2, "ppo.microbatch_rows": 2}
 
 
-def moved(values: dict[str, Any]) -> dict[str, Tensor]:
-    """Trained weights after an update of two epochs."""
-    pipeline = Pipeline(values)
-    pipeline.update(batch_of(pipeline))
+def trained(pipeline: Pipeline) -> dict[str, Tensor]:
+    """Copies of the trained weights."""
     roles = pipeline.roles
-    found = {}
-    for role in ("policy", "value"):
-        found |= {f"{role} {name}": p.detach().clone() for name, p in roles.trained_parameters(role)}
-    return found
+    return {
+        f"{role} {name}": p.detach().clone()
+        for role in ("policy", "value")
+        for name, p in roles.trained_parameters(role)
+    }
+
+
+def moved(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Trained weights after an update of two epochs, with backbones in a dtype."""
+    pipeline = Pipeline(values)
+    batch = batch_of(pipeline)
+    for role in (pipeline.roles.policy, pipeline.roles.value):
+        role.backbone.to(dtype)
+    pipeline.update(batch)
+    return trained(pipeline)
 
 
 @pytest.mark.parametrize(
@@ -52,17 +61,22 @@ def test_the_weights_move_alike(
     assert taken
     monkeypatch.setattr(IN_PLACE, "takes", lambda _: False)
     by_autograd = moved(values)
-    before = {
-        f"{role} {name}": p
-        for role in ("policy", "value")
-        for name, p in Pipeline(values).roles.trained_parameters(role)
-    }
+    before = trained(Pipeline(values))
     for found in (in_place, by_autograd):
         for name in [name for name in found if name.endswith("attn.c_attn.bias")]:
             query, key, value = found[name].chunk(3)
             assert_is_rounding(key - before[name].chunk(3)[1])
             found[name] = torch.cat([query, value])
     torch.testing.assert_close(in_place, by_autograd, rtol=1e-5, atol=1e-7)
+
+
+def test_key_biases_move_alike(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all else, in float64, where rounding is too small for Adam to follow."""
+    values = tiny_run("gpt2", **SEVERAL)
+    in_place = moved(values, torch.float64)
+    assert in_place["policy transformer.h.1.attn.c_attn.bias"].dtype == torch.float64
+    monkeypatch.setattr(IN_PLACE, "takes", lambda _: False)
+    torch.testing.assert_close(in_place, moved(values, torch.float64), rtol=0, atol=1e-9)
 
 
 def assert_is_rounding(moves: Tensor) -> None:
