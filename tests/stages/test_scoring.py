@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,14 +47,55 @@ def test_sequences_hold_prompt_and_response_without_a_gap() -> None:
     assert sorted(seen) == [0, 1, 2, 3]
 
 
-def test_microbatches_of_short_sequences_hold_more_of_them() -> None:
-    """As many tokens, with padding, as the asked number of the longest sequences."""
-    lengths = [10, 2, 2, 2, 2, 5, 2, 9, 2]
-    table = SequenceTable.of(rollout_of([[1]] * len(lengths), [[2] * (length - 1) for length in lengths]))
-    found = [rows.tolist() for rows, _ in microbatches(table, range(len(lengths)), 2, fill=True)]
-    assert found == [[0, 7], [5, 1, 2, 3], [4, 6, 8]]
-    assert max(len(rows) * table.length(rows[0]) for rows in found) <= 2 * 10
+def table_of(lengths: list[int]) -> SequenceTable:
+    return SequenceTable.of(rollout_of([[1]] * len(lengths), [[2] * (length - 1) for length in lengths]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "packed", "expected"),
+    [
+        ([10, 2, 2, 2, 2, 5, 2, 9, 2], False, [[0], [7, 5], [1, 2, 3, 4, 6, 8]]),  # up to 20 tokens; 18 make no more
+        ([8, 7, 6, 5, 4], False, [[0], [1, 2], [3, 4]]),  # 16; 14
+        ([8, 7, 6, 5, 4], True, [[0, 1], [2, 3, 4]]),  # 16; 15, and 18 with padding
+        ([8, 4, 1, 1, 1, 1, 1], True, [[0, 1], [2, 3, 4, 5, 6]]),  # all seven are 17 tokens
+        ([8, 1, 1, 1, 1, 1, 1, 1], True, [[0], [1, 2, 3, 4, 5, 6, 7]]),  # 15 tokens, but 64 with padding, of 20
+    ],
+)
+def test_microbatches_of_short_sequences_hold_more_of_them(
+    lengths: list[int], packed: bool, expected: list[list[int]]
+) -> None:
+    """As many tokens as the asked number of the longest sequences, in as few and as equal microbatches as that allows."""
+    table = table_of(lengths)
+    found = [rows.tolist() for rows, _ in microbatches(table, range(len(lengths)), 2, fill=True, packed=packed)]
+    assert found == expected
     assert [len(rows) for rows, _ in microbatches(table, range(1, 5), 2)] == [2, 2]
+
+
+def cuts(lengths: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to cut a list."""
+    for places in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [0, *(place for place, cut in enumerate(places, start=1) if cut), len(lengths)]
+        yield [lengths[start:end] for start, end in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_other_cut_is_better(size: int, packed: bool) -> None:
+    """Of all cuts of sequences sorted by length none has fewer microbatches, nor as many and a smaller largest one."""
+
+    def cost(part: list[int]) -> int:
+        return sum(part) if packed else len(part) * part[0]
+
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(20):
+        lengths = sorted(torch.randint(2, 30, (8,), generator=generator).tolist(), reverse=True)
+        most = size * lengths[0]
+        sizes = [[(cost(part), len(part) * part[0]) for part in cut] for cut in cuts(lengths)]
+        allowed = [s for s in sizes if all(tokens <= most and padded <= 1.25 * most for tokens, padded in s)]
+        parts = microbatches(table_of(lengths), range(len(lengths)), size, fill=True, packed=packed)
+        found = [[lengths[row] for row in rows.tolist()] for rows, _ in parts]
+        assert list(itertools.chain(*found)) == lengths
+        assert (len(found), max(map(cost, found))) == min((len(s), max(s)[0]) for s in allowed)
 
 
 def test_only_a_processor_that_holds_the_weights_takes_fewer_rows_at_once() -> None:

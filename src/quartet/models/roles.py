@@ -162,6 +162,10 @@ class TrainedPair(nn.Module):
         """Whether the backward passes compute activations again."""
         return self.policy.backbone.recomputes or self.value.backbone.recomputes
 
+    def packs(self, longest: int) -> bool:
+        """Whether training passes compute sequences of up to so many tokens side by side, in both."""
+        return longest <= min(self.policy.backbone.packs_up_to, self.value.backbone.packs_up_to)
+
     def forward(
         self,
         sequences: Sequences,

@@ -13,6 +13,9 @@ from quartet.records import Rollout, Sequences
 
 CPU_ROWS = 8
 """Sequences that a processor computes at once without gradients: more only hold more padding."""
+PADDED = 1.25
+"""Tokens with padding that a filled microbatch may have, over those of as many longest sequences as are asked: where no kernel
+does it, attention lays sequences side by side out one a row."""
 
 
 def scoring_rows(batch_rows: int, device_type: str, *, cut: bool) -> int:
@@ -92,19 +95,58 @@ class SequenceTable:
 
 
 def microbatches(
-    table: SequenceTable, rows: Iterable[int], size: int, *, fill: bool = False
+    table: SequenceTable, rows: Iterable[int], size: int, *, fill: bool = False, packed: bool = False
 ) -> Iterator[tuple[Tensor, Sequences]]:
     """Cut `rows` into microbatches of sequences of like length, longest first.
 
     Args:
         size: sequences in each, at most.
-        fill: more of shorter ones, up to the tokens, with padding, of `size` of the table's longest.
+        fill: more of shorter ones, up to the tokens, with padding, of `size` of the table's longest; of as few microbatches
+            as that makes the largest is as small as it can be.
+        packed: sequences will lie side by side, so that what is filled up counts tokens without padding; with it they may
+            be `PADDED` times as many.
 
     Yields:
         As `SequenceTable.rows`.
     """
-    order, start = table.by_length(rows), 0
-    while start < len(order):
-        taken = size * table.longest // table.length(order[start]) if fill else size
-        yield table.rows(order[start : start + taken])
-        start += taken
+    order = table.by_length(rows)
+    yield from map(table.rows, _filled(table, order, size, packed=packed) if fill else _slices(order, size))
+
+
+def _slices(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _filled(table: SequenceTable, order: list[int], size: int, *, packed: bool) -> list[list[int]]:
+    lengths = [table.length(row) for row in order]
+    most = size * table.longest
+    padded = PADDED * most if packed else None
+    parts = _within(order, lengths, most, padded)
+    least, fewest = 0, len(parts)
+    while least < most:  # the smallest limit that makes no more parts
+        middle = (least + most) // 2
+        found = _within(order, lengths, middle, padded)
+        if len(found) == fewest:
+            parts, most = found, middle
+        else:
+            least = middle + 1
+    return parts
+
+
+def _within(order: list[int], lengths: list[int], most: int, most_padded: float | None) -> list[list[int]]:
+    """As long parts as hold no more tokens than that, but one sequence at least.
+
+    Args:
+        most_padded: those of them with padding; None: `most` counts padding.
+    """
+    parts: list[list[int]] = []
+    longest = tokens = 0
+    for row, length in zip(order, lengths, strict=True):
+        tokens += length
+        padded = longest * (len(parts[-1]) + 1) if parts else 0
+        full = padded > most if most_padded is None else tokens > most or padded > most_padded
+        if not parts or full:
+            parts.append([])
+            longest = tokens = length
+        parts[-1].append(row)
+    return parts
