@@ -4,8 +4,11 @@
 
 typedef float SUITED(four) __attribute__((vector_size(16)));
 typedef float SUITED(four_given) __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float SUITED(two_given) __attribute__((vector_size(8), aligned(4), may_alias));
 typedef int32_t SUITED(places) __attribute__((vector_size(16)));
 
+#define LINE 16 /* numbers */
+#define AT_ONCE 8 /* lines that may lie on one set of the nearest cache */
 #ifdef __clang__
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -24,6 +27,27 @@ TARGET INLINE void SUITED(turn)(const float *from, long row, float scale, float 
     *(SUITED(four_given) *)(out + 3 * out_row) = SHUFFLED(high, high2, 2, 3, 6, 7);
 }
 
+/* The same of two rows. */
+TARGET INLINE void SUITED(turn_two)(const float *from, long row, float scale, float *out, long out_row) {
+    const SUITED(four) first = *(const SUITED(four_given) *)from * scale, second = *(const SUITED(four_given) *)(from + row) * scale;
+    const SUITED(four) low = SHUFFLED(first, second, 0, 4, 1, 5), high = SHUFFLED(first, second, 2, 6, 3, 7);
+    __builtin_memcpy(out, &low, 8);
+    __builtin_memcpy(out + out_row, (const char *)&low + 8, 8);
+    __builtin_memcpy(out + 2 * out_row, &high, 8);
+    __builtin_memcpy(out + 3 * out_row, (const char *)&high + 8, 8);
+}
+
+/* A few numbers that lie side by side. */
+TARGET INLINE void SUITED(copied)(const int side, const float *from, float scale, float *out) {
+    int n = 0;
+#pragma GCC unroll 8
+    for (; n + LANES <= side; n += LANES) SUITED(store)(out + n, SUITED(load_f32)(from + n) * scale);
+#pragma GCC unroll 8
+    for (; n + 4 <= side; n += 4) *(SUITED(four_given) *)(out + n) = *(const SUITED(four_given) *)(from + n) * scale;
+#pragma GCC unroll 8
+    for (; n + 2 <= side; n += 2) *(SUITED(two_given) *)(out + n) = *(const SUITED(two_given) *)(from + n) * scale;
+}
+
 /* Panels of `side` places for each of some lines' numbers, `deep` from one number to the next panel's: out[i * deep + k * side + n] =
  * scale from[(i + n) * line + k * step], zeros after the last line. */
 TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, long step, long count, long width, float scale,
@@ -31,13 +55,12 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
     long i = 0;
     if (line == 1) { /* along memory, across the panels */
         const long whole = count / side * side;
-        for (long k = 0; k < width; k++, from += step)
-            for (i = 0; i < whole; i += side) {
-                float *to = out + i * deep + k * side;
-                for (int n = 0; n < side; n++) to[n] = scale * from[i + n];
-            }
+        for (long k = 0; k < width; k += AT_ONCE) {
+            const long end = k + AT_ONCE < width ? k + AT_ONCE : width;
+            for (i = 0; i < whole; i += side)
+                for (long m = k; m < end; m++) SUITED(copied)(side, from + m * step + i, scale, out + i * deep + m * side);
+        }
         i = whole;
-        from -= width * step;
     }
     for (; i < count; i += side) {
         const long some = count - i < side ? count - i : side;
@@ -45,12 +68,19 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
         float *to = out + i * deep;
         long k = 0;
         if (step == 1 && some == side)
-            for (; k + 4 <= width; k += 4) {
+            for (; k + 4 <= width; k += LINE) { /* whole cache lines, of few rows at once for the same reason */
+                const long end = k + LINE < width ? k + LINE : width;
                 int n = 0;
 #pragma GCC unroll 8
-                for (; n + 4 <= side; n += 4) SUITED(turn)(lines + n * line + k, line, scale, to + k * side + n, side);
-                for (; n < side; n++)
-                    for (int m = 0; m < 4; m++) to[(k + m) * side + n] = scale * lines[n * line + k + m];
+                for (; n + 4 <= side; n += 4)
+                    for (long m = k; m + 4 <= end; m += 4) SUITED(turn)(lines + n * line + m, line, scale, to + m * side + n, side);
+#pragma GCC unroll 2
+                for (; n + 2 <= side; n += 2)
+                    for (long m = k; m + 4 <= end; m += 4) SUITED(turn_two)(lines + n * line + m, line, scale, to + m * side + n, side);
+                if (end - k < LINE) {
+                    k += (end - k) / 4 * 4;
+                    break;
+                }
             }
         for (; k < width; k++)
             for (long n = 0; n < side; n++) to[k * side + n] = n < some ? scale * lines[n * line + k * step] : 0.0f;
@@ -164,3 +194,5 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
     }
 }
 #undef SHUFFLED
+#undef AT_ONCE
+#undef LINE
