@@ -130,7 +130,7 @@ def test_in_bfloat16_it_is_as_near_the_exact_result_as_separate_layers(
     def of(states: Tensor, one_pass: bool) -> list[Tensor]:
         for one in both:
             one.weight.grad = None
-        monkeypatch.setattr(module, "_in_one_pass", lambda *_: one_pass)
+        monkeypatch.setattr(module, "in_one_pass", lambda *_: one_pass)
         leaf = states.detach().clone().requires_grad_()
         result = gated_mlp(leaf, both[0], both[1], nn.SiLU(), both[2])
         result.backward(slope.to(result.dtype))

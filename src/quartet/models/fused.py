@@ -18,6 +18,7 @@ from quartet.models.gated_mlp import gated_mlp
 from quartet.models.layout import packed_now
 from quartet.models.linears import is_replaced
 from quartet.models.precision import on_cpu
+from quartet.models.projections import projects, with_projections
 from quartet.models.rotary import turning_class
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
@@ -65,7 +66,7 @@ def _fused_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
             source = inspect.getsource(kind.forward)
         except (OSError, TypeError):
             source = ""
-        made = _gated_class(kind) if GATED in source else turning_class(kind)
+        made = _gated_class(kind) if GATED in source else _attention_class(kind)
         _kinds[kind] = _norm_class(kind) if all(line in source for line in RMS_NORM) else made
     return _kinds[kind]
 
@@ -84,6 +85,14 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     # `is_last`: the MLP of the last layer; in a packed layout it computes only the tokens whose states are read.
     return type(kind.__name__, (kind,), {"forward": forward, "is_last": False, "__module__": __name__})
+
+
+def _attention_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    made = turning_class(kind)
+    if not projects(kind):
+        return made
+    forward = with_projections(kind.forward if made is None else made.forward)
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
 def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -12,7 +12,7 @@ from transformers.activations import SiLUActivation
 
 from quartet import kernels
 from quartet.models.gradients import IN_PLACE
-from quartet.models.linears import FastLinear, FastLoraLinear, Weights
+from quartet.models.linears import weights_of
 from quartet.models.low_rank import by_low_rank, low_rank_gradients, through, with_low_rank
 from quartet.models.products import computed_in, linear_product
 
@@ -32,16 +32,6 @@ def gated_down(gate: Tensor, up: Tensor, activation: Activation, down: nn.Module
         return result
     apply: Callable[..., Tensor] = _GatedDown.apply
     return apply(gate, up, activation, weights.weight, weights.bias, weights.down, weights.up, weights.scale)
-
-
-def weights_of(layer: nn.Module) -> Weights | None:
-    """The tensors of a linear layer, for those who compute for it; None where it has to be called, because its kind has more to
-    it or a hook waits for the call."""
-    if not isinstance(layer, FastLinear | FastLoraLinear):
-        return None
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return None
-    return layer.taken_apart()
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from quartet import kernels
 from quartet.kernels import Term
 from quartet.models.converted import CONVERTED
-from quartet.models.gated import Activation, gated_down, is_silu, multiplied, weights_of, with_slope
+from quartet.models.gated import Activation, gated_down, is_silu, multiplied, with_slope
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
-from quartet.models.linears import Weights
+from quartet.models.linears import Weights, weights_of
 from quartet.models.low_rank import add_low_rank, by_low_rank, low_rank_gradients, upright
 from quartet.models.precision import on_cpu
 from quartet.models.products import add_product, computed_in, has_kernels, has_onednn, product, product_into, sum_into
@@ -41,14 +41,15 @@ def gated_mlp(states: Tensor, gate: nn.Module, up: nn.Module, activation: Activa
     """
     layers = [weights_of(layer) for layer in (gate, up, down)]
     known = [layer for layer in layers if layer is not None]
-    if len(known) < len(layers) or not _in_one_pass(states, known):
+    if len(known) < len(layers) or not in_one_pass(states, known):
         return gated_down(gate(states), up(states), activation, down)
     apply: Callable[..., Tensor] = GatedMLP.apply
     tensors = [tensor for layer in known for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
     return apply(states, activation, [layer.scale for layer in known], *tensors)
 
 
-def _in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
+def in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
+    """Whether layers can be computed in one pass: on a CPU, in one dtype, and not in float32 where oneDNN multiplies."""
     tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.down, layer.up) if t is not None]
     dtype = computed_in(states)
     return (
@@ -213,7 +214,7 @@ def _through_activation(
     by_low, by_lora_down = gradients.by_low(gradient), None
     if by_low is not None and low is not None and layer.down is not None:
         by_lora_down = torch.empty_like(layer.down)
-        gradients.found[2:] = by_lora_down, product(low.t(), gradient).mul_(layer.scale).t()
+        gradients.found[2:] = by_lora_down, product(low.t(), gradient, layer.scale).t()
     rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(2)]
     for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]

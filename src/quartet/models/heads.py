@@ -16,8 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from quartet.errors import CheckpointError
 from quartet.models.checkpoint_info import PEFT_PREFIX, CheckpointInfo, TensorInfo, read_tensor
-from quartet.models.gated import weights_of
-from quartet.models.linears import Weights
+from quartet.models.linears import Weights, weights_of
 
 LINEAR = re.compile(
     r"\n +logits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)(\.contiguous\(\))?\n\s*loss = None\n"

@@ -37,7 +37,7 @@ def add_upright(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale:
 
 def by_low_rank(gradient: Tensor, up: Tensor, scale: float) -> Tensor:
     """The gradient of the low-rank states, `[tokens, r]`, by that of the layer's result."""
-    return product(gradient, up if has_kernels(up) else upright(up).t()).mul_(scale)
+    return product(gradient, up if has_kernels(up) else upright(up).t(), scale)
 
 
 def through(gradient: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -65,7 +65,7 @@ def low_rank_gradients(
     """Gradients of A and B, where `add_low_rank` gave `low`, by those of the layer's result and of `low`."""
     flat = gradient.flatten(0, -2)
     # With the narrow side upright, and not the wide one, a product takes a fifth to a quarter less.
-    by_up = product(low.t(), flat).mul_(scale).t()
+    by_up = product(low.t(), flat, scale).t()
     return product(low_gradient.t(), states.flatten(0, -2)), by_up
 
 

@@ -56,21 +56,25 @@ def computed_in(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`, of matrices."""
+def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale left @ right`, of matrices."""
     if kernels.multiplies() and left.dtype == torch.float32 and on_cpu(left):
         out = left.new_empty(len(left), right.shape[1])
-        if kernels.multiply(out, Term(left, right)):
+        if kernels.multiply(out, Term(left, right, scale)):
             return out
         del out
-    return left @ right
+    found = left @ right
+    return found if scale == 1.0 else found.mul_(scale)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right`, and a bias for each column, over what `out` holds, of whose memory the others have no part."""
-    if kernels.multiply(out, Term(left, right), bias=bias):
+def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """`scale left @ right`, and a bias for each column, over what `out` holds, of whose memory the others have no part."""
+    if kernels.multiply(out, Term(left, right, scale), bias=bias):
         return out
-    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=scale, out=out)
+    torch.mm(left, right, out=out)
+    return out if scale == 1.0 else out.mul_(scale)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
