@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
@@ -26,7 +26,7 @@ from quartet.models.fused import use_fused_layers
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linears import READY, FastLinear, use_fast_linears
 from quartet.models.precision import autocast
-from quartet.models.projections import Projections, projected_once, projects
+from quartet.models.projections import Projections, projected_once, projects, with_projections
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 HIDDEN, WIDTHS, SCALES = 12, (8, 4, 6), [2.0, 0.5, 1.5]
@@ -136,6 +136,42 @@ def test_a_model_computes_what_the_library_computes(
     with torch.no_grad(), AdapterSwitch(plain).on(None), AdapterSwitch(fast).on(None):
         assert torch.equal(fast(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     assert not seen
+
+
+def test_an_attention_may_write_into_what_it_gets(seen: list[int]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plain = OlmoForCausalLM(OlmoConfig(**sizes, vocab_size=80, pad_token_id=1, clip_qkv=0.01))
+    fast = copy.deepcopy(plain)
+    use_fast_linears(fast)
+    use_fused_layers(fast)
+    for one, other in zip(run(fast, None), run(plain, None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert seen == [3, 3]
+
+
+class Sharing(nn.Module):
+    """Some layers of Gemma3n's and Gemma4's have the keys and values of others."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own, self.q_proj = own, FastLinear(HIDDEN, 4)
+        if own:
+            self.k_proj, self.v_proj = FastLinear(HIDDEN, 4), FastLinear(HIDDEN, 4)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query: Tensor = self.q_proj(hidden_states)
+        return query + self.k_proj(hidden_states) + self.v_proj(hidden_states) if self.own else query
+
+
+def test_an_attention_without_keys_of_its_own(seen: list[int]) -> None:
+    states = torch.randn(2, 5, HIDDEN)
+    assert projects(Sharing)
+    forward = with_projections(Sharing.forward)
+    for own, passes in ((True, [3]), (False, [3])):
+        attention = Sharing(own)
+        torch.testing.assert_close(forward(attention, hidden_states=states), attention(states))
+        assert seen == passes
 
 
 def three() -> list[nn.Module]:

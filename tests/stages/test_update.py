@@ -106,7 +106,8 @@ def test_one_process_fills_its_microbatches(alone: bool, tiny_run: TinyRun) -> N
         updater._gradients(batch, table, list(range(8)))
     assert sum(map(len, seen)) == 8
     assert all(sum(lengths) <= table.longest for lengths in seen)
-    assert all(len(lengths) * max(lengths) <= 1.25 * table.longest for lengths in seen)
+    assert all(len(lengths) * max(lengths) <= table.widest for lengths in seen)
+    assert table.widest == max(map(len, batch.scored.rollout.prompts.tokens)) + batch.scored.rollout.tokens.shape[1]
     assert (max(map(len, seen)) > 1) == alone
 
 

@@ -67,14 +67,11 @@ def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     return found if scale == 1.0 else found.mul_(scale)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """`scale left @ right`, and a bias for each column, over what `out` holds, of whose memory the others have no part."""
-    if kernels.multiply(out, Term(left, right, scale), bias=bias):
+def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`left @ right`, and a bias for each column, over what `out` holds, of whose memory the others have no part."""
+    if kernels.multiply(out, Term(left, right), bias=bias):
         return out
-    if bias is not None:
-        return torch.addmm(bias, left, right, alpha=scale, out=out)
-    torch.mm(left, right, out=out)
-    return out if scale == 1.0 else out.mul_(scale)
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,25 +53,26 @@ def with_projections(forward: Forward) -> Forward:
     """The forward of such an attention, whose three layers find what they are to give computed already."""
 
     def projected(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with projected_once(hidden_states, [getattr(self, name) for name in NAMES]):
+        # Some layers of some families have no keys and values of their own.
+        with projected_once(hidden_states, [getattr(self, name, None) for name in NAMES]):
             return forward(self, hidden_states, *args, **kwargs)
 
     return projected
 
 
 @contextmanager
-def projected_once(states: Tensor, layers: list[nn.Module]) -> Iterator[None]:
+def projected_once(states: Tensor, layers: Sequence[nn.Module | None]) -> Iterator[None]:
     """Compute some linear layers of the same states in one pass, if they are such as can be, and have each give its result
     when it is called with these states in the block."""
-    weights = [weights_of(layer) for layer in layers] if computes_as_in_training() else []
-    known = [found for found in weights if found is not None]
-    if not known or len(known) < len(layers) or not in_one_pass(states, known):
+    present = [layer for layer in layers if layer is not None] if computes_as_in_training() else []
+    known = [found for found in map(weights_of, present) if found is not None]
+    if len(known) < len(layers) or not in_one_pass(states, known):
         yield
         return
     apply: Callable[..., tuple[Tensor, ...]] = Projections.apply
     tensors = [tensor for layer in known for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
     results = apply(states, [layer.scale for layer in known], *tensors)
-    with READY.holding(states, dict(zip(layers, results, strict=True))):
+    with READY.holding(states, dict(zip(present, results, strict=True))):
         del results  # each belongs to the layer that gives it
         yield
 
@@ -87,7 +88,8 @@ class Projections(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, scales: list[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         dtype = computed_in(states)
         layers = _layers([None if tensor is None else CONVERTED.of(tensor, dtype) for tensor in tensors], scales)
-        flat = states.flatten(0, -2).to(dtype)
+        wide = states.to(dtype)
+        flat = wide.flatten(0, -2)
         downs = [layer.down for layer in layers if layer.down is not None]
         joined = torch.cat(downs) if downs else None
         low = None if joined is None else product(flat, joined.t() if has_kernels(joined) else upright(joined))
@@ -97,7 +99,7 @@ class Projections(torch.autograd.Function):
             if low is not None and layer.down is not None:
                 part = low[:, place : place + len(layer.down)]
                 place += len(layer.down)
-            results.append(_result(flat, layer, part).view(*states.shape[:-1], -1))
+            results.append(_result(wide, layer, part))
         ctx.scales, ctx.shape, ctx.states_dtype = scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
         wanted = any(ctx.needs_input_grad[FIRST::TENSORS]) or low is not None
@@ -125,12 +127,8 @@ class Projections(torch.autograd.Function):
                 continue
             part = slice(place, place + len(layer.down))
             place = part.stop
-            product_into(
-                by_low[:, part],
-                gradient,
-                layer.up if has_kernels(layer.up) else upright(layer.up).t(),
-                scale=layer.scale,
-            )
+            narrow, up_as_read = by_low[:, part], layer.up if has_kernels(layer.up) else upright(layer.up).t()
+            product_into(narrow, gradient, up_as_read).mul_(layer.scale)
             if needs[3]:
                 found[start + 3] = product(low[:, part].t(), gradient, layer.scale).t().to(up.dtype)
         if by_low is not None and joined is not None:
@@ -145,14 +143,17 @@ def _layers(tensors: list[Any], scales: list[float]) -> list[Weights]:
 
 
 def _result(states: Tensor, layer: Weights, low: Tensor | None) -> Tensor:
+    """What a layer gives; no view, so that whoever gets it may write into it."""
     if low is None or layer.up is None:
         return linear_product(states, layer.weight, layer.bias)
     if has_kernels(layer.weight):
-        result = states.new_empty(len(states), len(layer.weight))
-        terms = Term(states, layer.weight.t()), Term(low, layer.up.t(), layer.scale)
-        if kernels.multiply(result, *terms, bias=layer.bias):
+        result = states.new_empty(*states.shape[:-1], len(layer.weight))
+        terms = Term(states.flatten(0, -2), layer.weight.t()), Term(low, layer.up.t(), layer.scale)
+        if kernels.multiply(result.flatten(0, -2), *terms, bias=layer.bias):
             return result
-    return linear_product(states, layer.weight, layer.bias).addmm_(low, upright(layer.up), alpha=layer.scale)
+    result = linear_product(states, layer.weight, layer.bias)
+    result.flatten(0, -2).addmm_(low, upright(layer.up), alpha=layer.scale)
+    return result
 
 
 def _of_downs(found: list[Tensor | None], ctx: Any, by_joined: Tensor) -> None:

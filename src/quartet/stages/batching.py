@@ -13,9 +13,6 @@ from quartet.records import Rollout, Sequences
 
 CPU_ROWS = 8
 """Sequences that a processor computes at once without gradients: more only hold more padding."""
-PADDED = 1.25
-"""Tokens with padding that a filled microbatch may have, over those of as many longest sequences as are asked: where no kernel
-does it, attention lays sequences side by side out one a row."""
 
 
 def scoring_rows(batch_rows: int, device_type: str, *, cut: bool) -> int:
@@ -40,6 +37,8 @@ class SequenceTable:
     """Tokens of each prompt, known to the host."""
     responses: tuple[int, ...]
     """Tokens of each response, likewise: the one thing the device is asked, and no microbatch asks it again."""
+    widest: int
+    """Tokens of the longest prompt and the longest response that there could be; a plan of memory counts no fewer."""
 
     @staticmethod
     def of(rollout: Rollout) -> SequenceTable:
@@ -58,7 +57,8 @@ class SequenceTable:
         ids = torch.where(step < 0, from_prompt, from_response)
         # After the end any valid id will do: no real token looks there.
         ids = torch.where(step < response_lengths[:, None], ids, torch.zeros_like(ids))
-        return SequenceTable(ids, prompt_lengths, response_lengths, prompt_counts, response_counts)
+        widest = max(prompt_counts) + tokens.shape[1]
+        return SequenceTable(ids, prompt_lengths, response_lengths, prompt_counts, response_counts, widest)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -103,8 +103,8 @@ def microbatches(
         size: sequences in each, at most.
         fill: more of shorter ones, up to the tokens, with padding, of `size` of the table's longest; of as few microbatches
             as that makes the largest is as small as it can be.
-        packed: sequences will lie side by side, so that what is filled up counts tokens without padding; with it they may
-            be `PADDED` times as many.
+        packed: sequences will lie side by side, so that what is filled up counts tokens without padding. With padding, which
+            attention makes where no kernel computes it, they are not more than those of `size` of the table's widest.
 
     Yields:
         As `SequenceTable.rows`.
@@ -120,7 +120,7 @@ def _slices(order: list[int], size: int) -> list[list[int]]:
 def _filled(table: SequenceTable, order: list[int], size: int, *, packed: bool) -> list[list[int]]:
     lengths = [table.length(row) for row in order]
     most = size * table.longest
-    padded = PADDED * most if packed else None
+    padded = size * table.widest if packed else None
     parts = _within(order, lengths, most, padded)
     least, fewest = 0, len(parts)
     while least < most:  # the smallest limit that makes no more parts
@@ -133,7 +133,7 @@ def _filled(table: SequenceTable, order: list[int], size: int, *, packed: bool) 
     return parts
 
 
-def _within(order: list[int], lengths: list[int], most: int, most_padded: float | None) -> list[list[int]]:
+def _within(order: list[int], lengths: list[int], most: int, most_padded: int | None) -> list[list[int]]:
     """As long parts as hold no more tokens than that, but one sequence at least.
 
     Args:
