@@ -169,7 +169,7 @@ class Updater:
         scored = batch.scored
         chosen = table.on_device(rows)
         policy_tokens, value_tokens = scored.rollout.response_mask[chosen].sum(), scored.value_mask[chosen].sum()
-        packed = self._trained.packs(table.longest)
+        packed = self._alone and self._trained.packs(table.longest)
         batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone, packed=packed))
         if self._in_place:
             # Of several microbatches the last has all these gradients and its activations in memory anyway.
