@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from checkpoints import Library
 from quartet.config import LoraConfig
-from quartet.models import adapters, projections
+from quartet.models import adapters
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.fused import use_fused_layers
 from quartet.models.gradients import IN_PLACE
@@ -128,10 +128,7 @@ def test_a_model_computes_what_the_library_computes(
         found, library_found, right = (torch.cat([t.flatten() for t in all_of]) for all_of in (ours, theirs, exact))
         assert (found - right).norm() <= 1.2 * (library_found - right).norm()
     else:
-        bound = 1e-9 if dtype == torch.float64 else 1e-4
-        assert all(
-            (one - right).norm() <= bound * (right.norm() + 1e-3) for one, right in zip(ours, exact, strict=True)
-        )
+        assert all((one - right).norm() <= 1e-4 * right.norm() + 1e-7 for one, right in zip(ours, exact, strict=True))
     seen.clear()
     with torch.no_grad(), AdapterSwitch(plain).on(None), AdapterSwitch(fast).on(None):
         assert torch.equal(fast(input_ids=IDS).logits, plain(input_ids=IDS).logits)
@@ -240,4 +237,3 @@ def test_one_onednn_layer_is_left_to_itself(monkeypatch: pytest.MonkeyPatch, see
     with projected_once(states, three()):
         pass
     assert not seen
-    assert projections.NAMES == ("q_proj", "k_proj", "v_proj")

@@ -59,11 +59,7 @@ def table_of(lengths: list[int]) -> SequenceTable:
     [
         ([10, 2, 2, 2, 2, 5, 2, 9, 2], False, [[0], [7, 5], [1, 2, 3, 4, 6, 8]]),  # up to 20 tokens; 18 make no more
         ([8, 7, 6, 5, 4], False, [[0], [1, 2], [3, 4]]),  # 16; 14
-        (
-            [8, 7, 6, 5, 4],
-            True,
-            [[0, 1], [2, 3, 4]],
-        ),  # 16; 15, and 18 with padding, of two prompts of 3 and responses of 7
+        ([8, 7, 6, 5, 4], True, [[0, 1], [2, 3, 4]]),  # 16; 15, and 18 with padding, of 2 (3 + 7)
         ([8, 4, 1, 1, 1, 1, 1], True, [[0, 1], [2, 3, 4, 5, 6]]),  # all seven are 17 tokens
         ([8, 1, 1, 1, 1, 1, 1, 1], True, [[0], [1, 2, 3, 4, 5, 6, 7]]),  # 15 tokens, but 64 with padding, of 16
     ],

@@ -88,8 +88,9 @@ def test_microbatches_change_no_gradient(plan: dict[str, Any], placement: str, t
             torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("alone", [True, False])
-def test_one_process_fills_its_microbatches(alone: bool, tiny_run: TinyRun) -> None:
+def test_one_process_fills_its_microbatches(alone: bool, packed: bool, tiny_run: TinyRun) -> None:
     """Several processes that hold shares take as many steps as each other, whatever their lengths."""
     pipeline = Pipeline(tiny_run(**{"rollout.batch_size": 8, "ppo.microbatch_rows": 1}))
     batch, updater = batch_of(pipeline), pipeline.updater()
@@ -103,10 +104,11 @@ def test_one_process_fills_its_microbatches(alone: bool, tiny_run: TinyRun) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SequenceTable, "rows", counted)
+        patch.setattr(type(updater._trained), "packs", lambda *_: packed)
         updater._gradients(batch, table, list(range(8)))
     assert sum(map(len, seen)) == 8
     assert all(sum(lengths) <= table.longest for lengths in seen)
-    assert all(len(lengths) * max(lengths) <= table.widest for lengths in seen)
+    assert all(len(lengths) * max(lengths) <= (table.widest if packed else table.longest) for lengths in seen)
     assert table.widest == max(map(len, batch.scored.rollout.prompts.tokens)) + batch.scored.rollout.tokens.shape[1]
     assert (max(map(len, seen)) > 1) == alone
 
