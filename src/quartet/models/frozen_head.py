@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quartet import kernels
 from quartet.models.linear_head import IMPOSSIBLE
 from quartet.models.linears import Weights
 from quartet.models.products import by_transposed, computed_in, has_onednn, linear_product, product_into
@@ -66,9 +67,9 @@ class _FrozenLogprobs(torch.autograd.Function):
         for start in range(0, len(states), TILE):
             rows = slice(start, min(start + TILE, len(states)))
             logits, chosen = rooms.logits(states[rows], weight, bias), tokens[rows]
-            top = logits.amax(1).to(logprobs.dtype)
-            shifted = (logits.gather(1, chosen[:, None]).squeeze(1) - top) / temperature
-            total, weighted = rooms.exponentials(logits, top, temperature, with_entropy)
+            logit = logits.gather(1, chosen[:, None]).squeeze(1)
+            top, total, weighted = rooms.exponentials(logits, temperature, with_entropy)
+            shifted = (logit - top) / temperature
             log_total = total.log()
             logprobs[rows] = shifted - log_total
             if with_entropy:
@@ -95,8 +96,9 @@ class _Rooms:
     def __init__(self, tokens: int, weight: Tensor, wide: torch.dtype) -> None:
         own = weight.dtype == torch.float32 and has_onednn(weight)  # oneDNN's product brings memory of its own
         self._logits = None if own else weight.new_empty(tokens, len(weight))
-        block = tokens, min(len(weight), BLOCK)
-        self._shifted, self._exponentials = (weight.new_empty(block, dtype=wide) for _ in range(2))
+        self._block = tokens, min(len(weight), BLOCK)
+        self._wide = wide
+        self._others: tuple[Tensor, Tensor] | None = None
 
     def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`, `[n, V]`."""
@@ -104,22 +106,33 @@ class _Rooms:
             return linear_product(states, weight, bias)
         return product_into(self._logits[: len(states)], states, weight.t(), bias)
 
-    def exponentials(
-        self, logits: Tensor, top: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Write `e = exp((logit - top) / temperature)` over the logits; their sums `[n]`, and those of `e log e`."""
+    def exponentials(self, logits: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Write `e = exp((logit - largest) / temperature)` over the logits.
+
+        Returns:
+            `[n]` each: the largest logits, the sums of e, and those of `e log e` or anything.
+        """
+        top = logits.new_full((len(logits),), torch.finfo(self._wide).min, dtype=self._wide)
         total, weighted = torch.zeros_like(top), torch.zeros_like(top)
+        if kernels.exponentials(logits, top, total, weighted if with_entropy else None, temperature, written=True):
+            return top, total, weighted
+        top = logits.amax(1).to(self._wide)
+        if self._others is None:
+            self._others = (
+                logits.new_empty(self._block, dtype=self._wide),
+                logits.new_empty(self._block, dtype=self._wide),
+            )
         for start in range(0, logits.shape[1], BLOCK):
             block = logits[:, start : start + BLOCK]
             count, width = block.shape
-            shifted = torch.sub(block, top[:, None], out=self._shifted[:count, :width])
+            shifted = torch.sub(block, top[:, None], out=self._others[0][:count, :width])
             if temperature != 1.0:
                 shifted.div_(temperature)
             if with_entropy:
-                found = torch.exp(shifted.clamp_(min=IMPOSSIBLE), out=self._exponentials[:count, :width])
+                found = torch.exp(shifted.clamp_(min=IMPOSSIBLE), out=self._others[1][:count, :width])
                 weighted += shifted.mul_(found).sum(1)
             else:
                 found = shifted.exp_()
             total += found.sum(1)
             block.copy_(found)
-        return total, weighted
+        return top, total, weighted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quartet import kernels
 from quartet.models.gradients import IN_PLACE, add_narrow_product
 from quartet.models.linears import Weights
 from quartet.models.products import add_product, by_transposed, computed_in, linear_product, product_into
@@ -57,29 +58,28 @@ class _Blocks:
     def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> None:
         self._states, self._weight, self._bias, self._tokens = states, weight, bias, tokens
         self.wide = torch.promote_types(states.dtype, torch.float32)
-        self._rooms = [states.new_empty(min(len(states), TILE) * min(len(weight), BLOCK), dtype=self.wide)]
+        self._rooms: list[Tensor] = []
 
     def room(self, like: Tensor, number: int = 0) -> Tensor:
-        """Memory in the shape of a block's logits, float32 or float64, holding anything."""
+        """Memory in the shape of a block's logits, float32 or float64, holding anything; the second once there is a first."""
         if number == len(self._rooms):
-            self._rooms.append(torch.empty_like(self._rooms[0]))
+            size = min(len(self._states), TILE) * min(len(self._weight), BLOCK)
+            self._rooms.append(self._states.new_empty(size, dtype=self.wide))
         return self._rooms[number][: like.numel()].view_as(like)
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Iterator[tuple[slice, Tensor, Tensor, Tensor]]]]:
-        """Columns, their part of the weight, and for each tile: rows, logits, the tokens' places among the columns, and which
-        tokens are among them."""
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Iterator[tuple[slice, Tensor, Tensor]]]]:
+        """Columns, their part of the weight, and for each tile: rows, logits, and the tokens' places, counted from the first of
+        the columns: of some tokens among them, of the others not."""
         for start in range(0, len(self._weight), BLOCK):
             columns = slice(start, min(start + BLOCK, len(self._weight)))
             part = self._weight[columns].to(self._states.dtype)
             yield columns, part, self._tiles(columns, part)
 
-    def _tiles(self, columns: slice, part: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def _tiles(self, columns: slice, part: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         bias = None if self._bias is None else self._bias[columns].to(part.dtype)
         for start in range(0, len(self._states), TILE):
             rows = slice(start, min(start + TILE, len(self._states)))
-            place = self._tokens[rows] - columns.start
-            inside = (place >= 0) & (place < len(part))
-            yield rows, linear_product(self._states[rows], part, bias), place.clamp(0, len(part) - 1)[:, None], inside
+            yield rows, linear_product(self._states[rows], part, bias), self._tokens[rows] - columns.start
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -98,23 +98,11 @@ class _LinearLogprobs(torch.autograd.Function):
         blocks = _Blocks(states, weight, bias, tokens)
         top = states.new_full((len(states),), torch.finfo(blocks.wide).min, dtype=blocks.wide)
         chosen, total, weighted = (torch.zeros_like(top) for _ in range(3))
-        for _, _, tiles in blocks:
-            for rows, logits, place, inside in tiles:
-                found = logits.gather(1, place).squeeze(1).to(blocks.wide)
-                chosen[rows] = found.where(inside, chosen[rows])
-                before, top[rows] = top[rows].clone(), torch.maximum(top[rows], logits.amax(1).to(blocks.wide))
-                shifted = torch.sub(logits, top[rows, None], out=blocks.room(logits))
-                if temperature != 1.0:
-                    shifted.div_(temperature)
-                lower = ((before - top[rows]) / temperature).clamp_(min=IMPOSSIBLE)
-                shrunk = lower.exp()
-                if with_entropy:
-                    weighted[rows] = shrunk * (weighted[rows] + total[rows] * lower)
-                    exponentials = torch.exp(shifted.clamp_(min=IMPOSSIBLE), out=blocks.room(logits, 1))
-                    weighted[rows] += shifted.mul_(exponentials).sum(1)
-                else:
-                    exponentials = shifted.exp_()
-                total[rows] = total[rows] * shrunk + exponentials.sum(1)
+        for _, part, tiles in blocks:
+            for rows, logits, place in tiles:
+                found = logits.gather(1, place.clamp(0, len(part) - 1)[:, None]).squeeze(1).to(blocks.wide)
+                chosen[rows] = found.where(_inside(place, len(part)), chosen[rows])
+                _carry_on(logits, top[rows], total[rows], weighted[rows] if with_entropy else None, temperature, blocks)
         log_total = total.log()
         logprobs = (chosen - top) / temperature - log_total
         entropy = log_total - weighted / total if with_entropy else logprobs.new_empty(0)
@@ -132,44 +120,91 @@ class _LinearLogprobs(torch.autograd.Function):
         if by_logprob is None and by_entropy is None:
             return (None,) * 7
         by_logprob = torch.zeros_like(top) if by_logprob is None else by_logprob / ctx.temperature
+        by_entropy = None if by_entropy is None else by_entropy / ctx.temperature
         blocks = _Blocks(states, weight, bias, tokens)
         by_states = states.new_zeros(states.shape, dtype=blocks.wide)
         by_bias = None if bias is None else torch.zeros_like(bias)
-        place = IN_PLACE.place(ctx.weight)
-        by_weight, filled = (torch.empty_like(weight), False) if place is None else place
+        kept = IN_PLACE.place(ctx.weight)
+        by_weight, filled = (torch.empty_like(weight), False) if kept is None else kept
         if not len(states) and not filled:
             by_weight.zero_()
         for columns, part, tiles in blocks:
             into = by_weight[columns]
-            for rows, logits, spot, inside in tiles:
-                slope = _log_probabilities(logits, top[rows, None], log_total[rows, None], ctx.temperature, blocks)
-                if by_entropy is None:
-                    slope.exp_().mul_(-by_logprob[rows, None])
-                else:
-                    # d entropy / d logit = -p (log p + entropy), over the temperature.
-                    probabilities = torch.exp(slope, out=blocks.room(logits, 1))
-                    slope.clamp_(min=IMPOSSIBLE).add_(entropy[rows, None])
-                    slope.mul_(-by_entropy[rows, None] / ctx.temperature).sub_(by_logprob[rows, None]).mul_(
-                        probabilities
-                    )
-                slope.scatter_add_(1, spot, by_logprob[rows].where(inside, 0.0)[:, None])
-                narrow = slope if slope.dtype == logits.dtype else logits.copy_(slope)
-                by_states[rows] += by_transposed(narrow, part)
+            for rows, logits, place in tiles:
+                weights = by_logprob[rows], None if by_entropy is None else by_entropy[rows]
+                known = top[rows], log_total[rows], entropy[rows]
+                slope = _slope(logits, place, weights, known, ctx.temperature, blocks)
+                by_states[rows] += by_transposed(slope, part)
                 more = filled or rows.start > 0
-                if narrow.dtype != into.dtype:
-                    add_narrow_product(into, narrow.t(), states[rows], filled=more)
+                if slope.dtype != into.dtype:
+                    add_narrow_product(into, slope.t(), states[rows], filled=more)
                 elif more:
-                    add_product(into, narrow.t(), states[rows])
+                    add_product(into, slope.t(), states[rows])
                 else:
-                    product_into(into, narrow.t(), states[rows])
+                    product_into(into, slope.t(), states[rows])
                 if by_bias is not None:
-                    by_bias[columns] += slope.sum(0)
-        return by_states.to(ctx.dtype), None if place is not None else by_weight, by_bias, None, None, None, None
+                    by_bias[columns] += slope.sum(0, dtype=blocks.wide)
+        return by_states.to(ctx.dtype), None if kept is not None else by_weight, by_bias, None, None, None, None
 
 
-def _log_probabilities(logits: Tensor, top: Tensor, log_total: Tensor, temperature: float, blocks: _Blocks) -> Tensor:
-    """`log softmax(logits / temperature)` of a block, from each token's `[n, 1]` largest logit and logarithm of the sum."""
-    room = blocks.room(logits)
+def _inside(place: Tensor, columns: int) -> Tensor:
+    """Which tokens are among so many columns."""
+    return (place >= 0) & (place < columns)
+
+
+def _carry_on(
+    logits: Tensor, top: Tensor, total: Tensor, weighted: Tensor | None, temperature: float, blocks: _Blocks
+) -> None:
+    """Add a block to the largest logits `[n]` and the sums of `e = exp((logit - largest) / temperature)` and of `e log e`."""
+    if kernels.exponentials(logits, top, total, weighted, temperature, written=False):
+        return
+    before = top.clone()
+    torch.maximum(top, logits.amax(1).to(top.dtype), out=top)
+    shifted = torch.sub(logits, top[:, None], out=blocks.room(logits))
+    if temperature != 1.0:
+        shifted.div_(temperature)
+    lower = ((before - top) / temperature).clamp_(min=IMPOSSIBLE)
+    shrunk = lower.exp()
+    if weighted is None:
+        exponentials = shifted.exp_()
+    else:
+        weighted.add_(total * lower).mul_(shrunk)
+        exponentials = torch.exp(shifted.clamp_(min=IMPOSSIBLE), out=blocks.room(logits, 1))
+        weighted += shifted.mul_(exponentials).sum(1)
+    total.mul_(shrunk).add_(exponentials.sum(1))
+
+
+def _slope(
+    logits: Tensor,
+    place: Tensor,
+    weights: tuple[Tensor, Tensor | None],
+    known: tuple[Tensor, Tensor, Tensor],
+    temperature: float,
+    blocks: _Blocks,
+) -> Tensor:
+    """The gradient of a weighted sum of log-probabilities and entropies by a block's logits, in their dtype; they are lost.
+
+    Args:
+        place: int64 `[n]`: the tokens' among the block's columns.
+        weights: `[n]` each, over the temperature; None for no entropy.
+        known: `[n]` each: largest logit, logarithm of the sum, entropy.
+    """
+    (by_logprob, by_entropy), (top, log_total, entropy) = weights, known
+    if kernels.slopes(logits, top, log_total, place, by_logprob, by_entropy, entropy, temperature):
+        return logits
+    slope = blocks.room(logits)
     if temperature == 1.0:
-        return torch.sub(logits, top + log_total, out=room)
-    return torch.sub(logits, top, out=room).div_(temperature).sub_(log_total)
+        torch.sub(logits, (top + log_total)[:, None], out=slope)
+    else:
+        torch.sub(logits, top[:, None], out=slope).div_(temperature).sub_(log_total[:, None])
+    if by_entropy is None:
+        slope.exp_().mul_(-by_logprob[:, None])
+    else:
+        # d entropy / d logit = -p (log p + entropy), over the temperature.
+        probabilities = torch.exp(slope, out=blocks.room(logits, 1))
+        slope.clamp_(min=IMPOSSIBLE).add_(entropy[:, None])
+        slope.mul_(-by_entropy[:, None]).sub_(by_logprob[:, None]).mul_(probabilities)
+    width = logits.shape[1]
+    own = by_logprob.where(_inside(place, width), 0.0)
+    slope.scatter_add_(1, place.clamp(0, width - 1)[:, None], own[:, None])
+    return slope if slope.dtype == logits.dtype else logits.copy_(slope)
