@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoints import FAMILIES, edit_json
 from pipeline import Pipeline, rollout_of, sequences
 from quartet.models import backbone, packing
+from quartet.models.as_in_training import as_in_training
 from quartet.models.layout import Layout, PackedLayout, Places, filled_up, packed_now
 from quartet.models.packing import allow_packing
 from quartet.stages.batching import SequenceTable
@@ -100,6 +101,10 @@ def test_no_padding_is_computed_and_the_last_mlp_sees_what_is_read(changes: dict
     with torch.no_grad():  # scoring, as the checkpoints compute alone
         pipeline.roles.policy(batch, mask, temperature=1.0)
     assert seen == [3 * 9, 3 * 9]
+    seen.clear()
+    with torch.no_grad(), as_in_training():  # numbers that training is compared with
+        pipeline.roles.policy(batch, mask, temperature=1.0)
+    assert seen == [tokens, read]
 
 
 def test_in_bfloat16_tokens_are_filled_up_to_few_shapes(tiny_run: TinyRun) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from quartet.distributed import WeightKeeper, WholeWeights
 from quartet.models.adapters import AdapterSwitch
+from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.attention import one_sequence_a_row
 from quartet.models.branch import Branch
 from quartet.models.layout import Layout, PackedLayout, packed_as, packed_now
@@ -95,11 +96,11 @@ class Backbone(nn.Module):
         return self.spec.top_of or (self.spec.name if self.spec.frozen_layers else None)
 
     def lay_out(self, sequences: Sequences) -> Layout:
-        """How to compute these sequences: side by side with gradients, where the model was seen to allow it; else padded.
+        """How to compute these sequences: side by side as in training, where the model was seen to allow it; else padded.
 
-        Without gradients frozen roles stay bit for bit what their checkpoints compute alone, on rows of the same length.
+        Frozen roles stay bit for bit what their checkpoints compute alone, on rows of the same length.
         """
-        known = torch.is_grad_enabled() and sequences.responses is not None
+        known = computes_as_in_training() and sequences.responses is not None
         if known and sequences.input_ids.shape[1] <= self.packs_up_to:
             return PackedLayout.of(sequences, self.tile)
         return Layout.padded(sequences)
