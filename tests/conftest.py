@@ -80,7 +80,7 @@ def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler was there at installation."""
-    from quartet.kernels import attending, decoding, drawing, elementwise, multiplying
+    from quartet.kernels import attending, decoding, drawing, elementwise, multiplying, softmax, waiting
 
-    for module in (attending, decoding, drawing, elementwise, multiplying):
+    for module in (attending, decoding, drawing, elementwise, multiplying, softmax, waiting):
         monkeypatch.setattr(module, "kernel", lambda _: None)

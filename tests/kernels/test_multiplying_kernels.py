@@ -99,20 +99,22 @@ def test_few_rows_that_lie_upright(generation: str, columns: int, rows: int, thr
     assert relative(out, 2 * exact(term)) < 1e-6
 
 
-@pytest.mark.parametrize(("width", "columns"), [(300, 16), (300, 300), (16, 40)])
-def test_a_row_is_bit_for_bit_what_it_is_alone(generation: str, width: int, columns: int) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize(("width", "columns"), [(300, 16), (300, 300), (16, 40), (300, 48)])
+def test_a_row_is_bit_for_bit_what_it_is_alone(generation: str, width: int, columns: int, scale: float) -> None:
     """Beside any others, in any number of threads."""
     left, right = matrix(41, width), matrix(width, columns, seed=1)
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         out = torch.empty(41, columns)
-        assert kernels.multiply(out, Term(left, right))
+        assert kernels.multiply(out, Term(left, right, scale))
+        assert relative(out, exact(Term(left, right, scale))) < 1e-6
         found.append(out)
     assert torch.equal(*found)
     for start, end in ((0, 1), (7, 12), (40, 41)):
         alone = torch.empty(end - start, columns)
-        assert kernels.multiply(alone, Term(left[start:end], right))
+        assert kernels.multiply(alone, Term(left[start:end], right, scale))
         assert torch.equal(alone, found[0][start:end])
 
 

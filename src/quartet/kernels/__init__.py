@@ -9,6 +9,8 @@ from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, alike, decode
 from quartet.kernels.drawing import draw
 from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
 from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
+from quartet.kernels.softmax import exponentials, slopes
+from quartet.kernels.waiting import caught_up, together
 
 __all__ = [
     "FEW",
@@ -20,8 +22,10 @@ __all__ = [
     "attention",
     "attention_fits",
     "attention_gradient",
+    "caught_up",
     "decodes",
     "draw",
+    "exponentials",
     "few_rows",
     "is_intel",
     "multiplies",
@@ -32,4 +36,6 @@ __all__ = [
     "rotary_fits",
     "silu_gradient",
     "silu_product",
+    "slopes",
+    "together",
 ]

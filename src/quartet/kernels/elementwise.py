@@ -6,6 +6,7 @@ over counts as changed, so that autograd notices where it was saved for a pass t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.waiting import SILU_GRADIENT, SILU_PRODUCT, caught_up, waits
 
 
 def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
@@ -24,10 +26,11 @@ def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
     tensors = (gate, up, out)
     function = _for_rows(tensors, "silu_product")
     if function is None:
+        caught_up()
         return False
     if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
-        function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+        _call(function, SILU_PRODUCT, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
     increment_version(out)
     return True
 
@@ -47,12 +50,13 @@ def silu_gradient(
     tensors = (by_product, gate, up, by_gate, by_up, *(() if product is None else (product,)))
     function = _for_rows(tensors, "silu_gradient")
     if function is None:
+        caught_up()
         return False
     if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         if product is None:
             pointers, strides = [*pointers, 0], [*strides, 0]
-        function(*pointers, *gate.shape, *strides, torch.get_num_threads())
+        _call(function, SILU_GRADIENT, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
     increment_version(tensors[3:])
     return True
 
@@ -145,6 +149,16 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
         pointers = [t.data_ptr() for t in (states, cosines, sines, out)]
         function(*pointers, n, tokens, heads, width, *strides, *angles, back, torch.get_num_threads())
     return out
+
+
+def _call(function: Callable[..., None], number: int, given: tuple[int, ...], tensors: tuple[Tensor, ...]) -> None:
+    """Call a kernel, or let it wait with others; in bfloat16 none waits."""
+    if tensors[0].dtype == torch.float32:
+        if waits(number, struct.pack(f"{len(given)}q", *given), tensors):
+            return
+    else:
+        caught_up()
+    function(*given)
 
 
 def _for_rows(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:

@@ -50,11 +50,13 @@ INLINE float exponential_within(float x) {
     return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 
-/* e^x for x up to 0, as shares are made of: 0 below -60, where it were 1e-26. Nothing comes near the smallest numbers, with which
+#define LOWEST -60.0f
+
+/* e^x for x up to 0, as shares are made of: 0 below LOWEST, where it were 1e-26. Nothing comes near the smallest numbers, with which
  * processors are slow. */
 INLINE float exponential(float x) {
-    float e = exponential_within(x < -60.0f ? -60.0f : x);
-    return x < -60.0f ? 0.0f : e;
+    float e = exponential_within(x < LOWEST ? LOWEST : x);
+    return x < LOWEST ? 0.0f : e;
 }
 
 /* 1 / (1 + e^-x); 0 below -60, likewise. */
@@ -112,10 +114,12 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "typed.h"
 #include "generations.h"
 #include "multiplying.h"
+#include "waiting.h"
 #include "attending.h"
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"
+#include "softmax.h"
 #define ANGLE float
 #define LOAD_ANGLE load_f32
 #define TURNED(kernel) kernel##_f32_f32
@@ -136,6 +140,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"
+#include "softmax.h"
 #define TURNED(kernel) kernel##_bf16_f32
 #include "rotary.h"
 #undef ANGLE

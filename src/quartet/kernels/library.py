@@ -27,14 +27,17 @@ ARGUMENTS = {
     "few_rows": 9,
     "decode": 2,
     "multiply": 1,
+    "run": 1,
     "draw": 9,
+    "exponentials": 10,
+    "slopes": 12,
     "attention": 5,
     "attention_gradient": 9,
 }
 """Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
-FLOATS = {"rms_norm": 6, "draw": 7}
+FLOATS = {"rms_norm": 6, "draw": 7, "exponentials": 7, "slopes": 10}
 """The argument of a kernel that is a float."""
-BYTES = {"multiply"}
+BYTES = {"multiply", "run"}
 """Kernels that are given one block of numbers, packed."""
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Kernels for one of these dtypes are named so."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import are_real, fit, has_wide_vectors, kernel
+from quartet.kernels.waiting import MULTIPLY, caught_up, waits
 
 WITHIN = 288 * (96 + 1024 + 32)
 """Numbers of a thread's room (`WITHIN` in terms.h), which is kept. A plan of memory does not count it: it lies within what is
@@ -71,6 +72,13 @@ def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = 
     Returns:
         Whether it was computed: not where shapes do not go together, about which torch has something to say.
     """
+    if _multiplied(out, terms, bias, add):
+        return True
+    caught_up()
+    return False
+
+
+def _multiplied(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool) -> bool:
     if not multiplies():
         return False
     rows, columns = out.shape
@@ -93,7 +101,9 @@ def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = 
         numbers += (out.data_ptr(), _room(threads).data_ptr(), 0 if bias is None else bias.data_ptr())
         for left, right, scale in terms:
             numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
-        function(_layout(len(terms)).pack(*numbers))
+        given = _layout(len(terms)).pack(*numbers)
+        if not waits(MULTIPLY, given, tensors):
+            function(given)
     increment_version(out)
     return True
 

@@ -87,8 +87,8 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
     }
 }
 
-/* The same of all terms, from place `start` of their widths on, which are put one after the other. */
-TARGET INLINE void SUITED(packed)(const int side, int left, const product_sum *p, long first, long count, long start, long width,
+/* The same of all terms, from place `start` of their widths on, which are put one after the other; `scaled`: by their scales. */
+TARGET INLINE void SUITED(packed)(const int side, int left, int scaled, const product_sum *p, long first, long count, long start, long width,
                                   float *out) {
     long place = 0; /* of a term's first number */
     for (long n = 0; n < p->count; place += p->terms[n].width, n++) {
@@ -97,8 +97,8 @@ TARGET INLINE void SUITED(packed)(const int side, int left, const product_sum *p
         const long end = start + width - place < t->width ? start + width - place : t->width;
         if (end <= from) continue;
         const long line = left ? t->a_row : t->b_step, step = left ? t->a_step : t->b_row;
-        SUITED(panels)(side, (left ? t->a : t->b) + first * line + from * step, line, step, count, end - from, left ? t->scale : 1.0f,
-                       out, width);
+        SUITED(panels)(side, (left ? t->a : t->b) + first * line + from * step, line, step, count, end - from,
+                       scaled ? t->scale : 1.0f, out, width);
         out += (end - from) * side;
     }
 }
@@ -165,13 +165,13 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
     const term *t = p->terms;
     /* Never where a row is a token's: it is summed up in blocks of one depth, however many there are. */
     const int upright = p->count == 1 && p->rows <= FEW_ROWS && t->a_step != 1 && t->b_step == 1 && p->columns % (2 * LANES) == 0;
+    const int direct = p->count == 1 && t->a_step == 1 && p->columns <= FEW_COLUMNS; /* B has the scale in it then */
     const long deep = upright ? SHALLOW : DEEP, blocks = (total + deep - 1) / deep;
     for (long j = left; j < right; j += ACROSS) {
         const long columns = right - j < ACROSS ? right - j : ACROSS;
         for (long n = 0; n < blocks; n++) {
             const long start = total * n / blocks, width = total * (n + 1) / blocks - start;
-            if (!upright) SUITED(packed)(2 * LANES, 0, p, j, columns, start, width, own_b);
-            const int direct = p->count == 1 && t->a_step == 1 && t->scale == 1.0f && columns <= FEW_COLUMNS;
+            if (!upright) SUITED(packed)(2 * LANES, 0, direct, p, j, columns, start, width, own_b);
             for (long i = from; i < to; i += HIGH) {
                 const long rows = to - i < HIGH ? to - i : HIGH;
                 float *out = p->out + i * p->out_row + j;
@@ -184,7 +184,7 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
                     SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more);
                     continue;
                 }
-                SUITED(packed)(TILE, 1, p, i, rows, start, width, own_a);
+                SUITED(packed)(TILE, 1, 1, p, i, rows, start, width, own_a);
                 if (upright)
                     SUITED(tiled)(own_a, 1, TILE, TILE * width, t->b + start * t->b_row + j, t->b_row, 1, rows, columns, width, out, p->out_row, more);
                 else

@@ -74,12 +74,13 @@ class GatedMLP(torch.autograd.Function):
         layers = list(_layers([None if tensor is None else CONVERTED.of(tensor, dtype) for tensor in tensors], scales))
         gate, up, down = layers
         flat = states.flatten(0, -2).to(dtype)
-        gates, low_gates = _raised(flat, gate)
-        ups, low_ups = _raised(flat, up)
         # Sums of blocks would be rounded once for each in bfloat16, and trained weights want all features for their gradient.
         frozen = dtype != torch.bfloat16 and not any(ctx.needs_input_grad[FIRST::TENSORS])
         ctx.block = BLOCK if frozen else len(gate.weight)
-        result, low_between = _lowered(gates, ups, activation, down, ctx.block)
+        with kernels.together(_by_kernels(activation, layers)):
+            gates, low_gates = _raised(flat, gate)
+            ups, low_ups = _raised(flat, up)
+            result, low_between = _lowered(gates, ups, activation, down, ctx.block)
         ctx.activation, ctx.scales, ctx.shape, ctx.dtype = activation, scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
         kept = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
@@ -90,20 +91,27 @@ class GatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, gates, ups, low_gates, low_ups, low_between, *tensors = ctx.saved_tensors
-        gate, up, down = (_Gradients(ctx, number, layer) for number, layer in enumerate(_layers(tensors, ctx.scales)))
-        _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down, ctx.block)
-        # From here on `gates` and `ups` are the gradients of what they were.
-        by_gate_low, by_up_low = gate.by_low(gates), up.by_low(ups)
+        layers = list(_layers(tensors, ctx.scales))
+        gate, up, down = (_Gradients(ctx, number, layer) for number, layer in enumerate(layers))
         by_states = None
-        if ctx.needs_input_grad[0]:
-            parts = gate.through(gates, by_gate_low), up.through(ups, by_up_low)
-            by_states = _sum_of(*parts, ctx.dtype).view(ctx.shape)
-        gate.of_layer(gates, flat)
-        gate.of_adapter(gates, by_gate_low, flat, low_gates)
-        up.of_layer(ups, flat)
-        up.of_adapter(ups, by_up_low, flat, low_ups)
+        with kernels.together(_by_kernels(ctx.activation, layers)):
+            _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down, ctx.block)
+            # From here on `gates` and `ups` are the gradients of what they were.
+            by_gate_low, by_up_low = gate.by_low(gates), up.by_low(ups)
+            if ctx.needs_input_grad[0]:
+                parts = gate.through(gates, by_gate_low), up.through(ups, by_up_low)
+                by_states = _sum_of(*parts, ctx.dtype).view(ctx.shape)
+            gate.of_layer(gates, flat)
+            gate.of_adapter(gates, by_gate_low, flat, low_gates)
+            up.of_layer(ups, flat)
+            up.of_adapter(ups, by_up_low, flat, low_ups)
         LENDER.given_back(gates, ups)
         return by_states, None, None, *gate.found, *up.found, *down.found
+
+
+def _by_kernels(activation: Activation, layers: list[Weights]) -> bool:
+    """Whether kernels compute all that there is to compute."""
+    return is_silu(activation) and all(has_kernels(layer.weight) for layer in layers)
 
 
 def _layers(tensors: tuple[Tensor | None, ...] | list[Tensor | None], scales: list[float]) -> Iterator[Weights]:
@@ -149,6 +157,7 @@ def _lowered(
             put(low, between, upright(layer.down[:, block]))
     LENDER.given_back(room)
     if layer.bias is not None:
+        kernels.caught_up()
         result += layer.bias
     if low is not None and layer.up is not None:
         add_product(result, low, upright(layer.up), layer.scale)
@@ -172,6 +181,7 @@ class _Gradients:
         if self.of_weight and weight is not None:
             self.found[0] = IN_PLACE.add_product(weight, gradient.t(), states)
         if self._of_bias and self.found[1] is None:
+            kernels.caught_up()
             self.found[1] = gradient.sum(0)
 
     def by_low(self, gradient: Tensor) -> Tensor | None:

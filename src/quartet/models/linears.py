@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quartet import kernels
 from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.converted import CONVERTED
 from quartet.models.embedding import FastEmbedding
@@ -236,7 +237,8 @@ class _Lora(torch.autograd.Function):
         ctx.states_dtype, ctx.adapter_dtype, ctx.scale = states.dtype, down.dtype, scale
         states, down, up = states.to(dtype), down.to(dtype), up.to(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        result, low = with_low_rank(states, weight, bias, down, up, scale)
+        with kernels.together(has_kernels(weight)):
+            result, low = with_low_rank(states, weight, bias, down, up, scale)
         ctx.save_for_backward(states, weight, down, up, low)
         return result
 
@@ -244,10 +246,12 @@ class _Lora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, down, up, low = ctx.saved_tensors
-        by_states, low_gradient = None, by_low_rank(gradient.flatten(0, -2), up, ctx.scale)
-        if ctx.needs_input_grad[0]:
-            by_states = through(gradient, weight.to(gradient.dtype), (down, low_gradient))
-        by_down, by_up = low_rank_gradients(gradient, low_gradient, states, low, ctx.scale)
+        by_states = None
+        with kernels.together(has_kernels(weight)):
+            low_gradient = by_low_rank(gradient.flatten(0, -2), up, ctx.scale)
+            if ctx.needs_input_grad[0]:
+                by_states = through(gradient, weight.to(gradient.dtype), (down, low_gradient))
+            by_down, by_up = low_rank_gradients(gradient, low_gradient, states, low, ctx.scale)
         if by_states is not None:
             by_states = by_states.to(ctx.states_dtype)
         return by_states, None, None, by_down.to(ctx.adapter_dtype), by_up.to(ctx.adapter_dtype), None

@@ -37,7 +37,7 @@ def add_upright(result: Tensor, states: Tensor, down: Tensor, up: Tensor, scale:
 
 def by_low_rank(gradient: Tensor, up: Tensor, scale: float) -> Tensor:
     """The gradient of the low-rank states, `[tokens, r]`, by that of the layer's result."""
-    return product(gradient, up if has_kernels(up) else upright(up).t()).mul_(scale)
+    return product(gradient, up if has_kernels(up) else upright(up).t(), scale)
 
 
 def through(gradient: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -25,7 +25,6 @@ from quartet.models.products import (
     has_kernels,
     linear_product,
     product,
-    product_into,
     sum_into,
 )
 
@@ -92,14 +91,15 @@ class Projections(torch.autograd.Function):
         flat = wide.flatten(0, -2)
         downs = [layer.down for layer in layers if layer.down is not None]
         joined = torch.cat(downs) if downs else None
-        low = None if joined is None else product(flat, joined.t() if has_kernels(joined) else upright(joined))
         results, place = [], 0
-        for layer in layers:
-            part = None
-            if low is not None and layer.down is not None:
-                part = low[:, place : place + len(layer.down)]
-                place += len(layer.down)
-            results.append(_result(wide, layer, part))
+        with kernels.together(_by_kernels(layers)):
+            low = None if joined is None else product(flat, joined.t() if has_kernels(joined) else upright(joined))
+            for layer in layers:
+                part = None
+                if low is not None and layer.down is not None:
+                    part = low[:, place : place + len(layer.down)]
+                    place += len(layer.down)
+                results.append(_result(wide, layer, part))
         ctx.scales, ctx.shape, ctx.states_dtype = scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
         wanted = any(ctx.needs_input_grad[FIRST::TENSORS]) or low is not None
@@ -112,7 +112,14 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         flat, joined, low, *tensors = ctx.saved_tensors
         layers, flats = _layers(tensors, ctx.scales), [gradient.flatten(0, -2) for gradient in gradients]
-        found: list[Tensor | None] = [None] * len(tensors)
+        with kernels.together(_by_kernels(layers)):
+            return Projections._gradients(ctx, layers, flats, flat, joined, low)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, layers: list[Weights], flats: list[Tensor], flat: Tensor, joined: Tensor | None, low: Tensor | None
+    ) -> tuple[Any, ...]:
+        found: list[Tensor | None] = [None] * len(ctx.given)
         by_low = None if low is None else low.new_empty(low.shape)
         place = 0
         for number, (layer, gradient) in enumerate(zip(layers, flats, strict=True)):
@@ -128,13 +135,19 @@ class Projections(torch.autograd.Function):
             part = slice(place, place + len(layer.down))
             place = part.stop
             narrow, up_as_read = by_low[:, part], layer.up if has_kernels(layer.up) else upright(layer.up).t()
-            product_into(narrow, gradient, up_as_read).mul_(layer.scale)
-            if needs[3]:
+            if not kernels.multiply(narrow, Term(gradient, up_as_read, layer.scale)):
+                torch.mm(gradient, up_as_read, out=narrow).mul_(layer.scale)
+            if low is not None and needs[3]:
                 found[start + 3] = product(low[:, part].t(), gradient, layer.scale).t().to(up.dtype)
         if by_low is not None and joined is not None:
             _of_downs(found, ctx, product(by_low.t(), flat))
         by_states = _by_states(ctx, layers, flats, by_low, joined) if ctx.needs_input_grad[0] else None
         return by_states, None, *found
+
+
+def _by_kernels(layers: list[Weights]) -> bool:
+    """Whether kernels compute all that there is to compute."""
+    return all(has_kernels(layer.weight) for layer in layers)
 
 
 def _layers(tensors: list[Any], scales: list[float]) -> list[Weights]:
