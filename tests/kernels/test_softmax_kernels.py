@@ -130,6 +130,21 @@ def test_an_impossible_token_counts_nowhere(generation: str, dtype: torch.dtype)
 
 
 @needs_kernels
+@pytest.mark.parametrize("by_entropy", [None, torch.ones(1)])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_impossible_token_that_was_chosen_has_a_slope(
+    generation: str, dtype: torch.dtype, weight: float, by_entropy: Tensor | None
+) -> None:
+    """Its probability is 0, so that all of its weight is left to its logit."""
+    logits = torch.tensor([[-math.inf, 1.0, 1.0]], dtype=dtype)
+    given = torch.ones(1), torch.tensor([math.log(2)]), torch.tensor([0]), torch.tensor([weight])
+    assert kernels.slopes(logits, *given, by_entropy, torch.tensor([math.log(2)]), 1.0)
+    expected = torch.tensor([[weight, -weight / 2, -weight / 2]])  # the others' entropy is at its largest
+    torch.testing.assert_close(logits.float(), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(generation: str, dtype: torch.dtype, bad: float) -> None:
@@ -154,11 +169,13 @@ def test_tensors_that_no_kernel_reads_are_left_alone() -> None:
 
     for refused in (logits.double(), logits.half(), torch.ones(6, 4).t(), torch.ones(4), logits.to("meta")):
         assert both(refused) == (False, False)
+        assert refused.is_meta or (refused == 1).all()
     for numbers in (torch.ones(3), torch.ones(4, 1), ones.double(), torch.ones(8)[::2]):
         assert both(logits, numbers) == (False, False)
     for places in (place[:3], place.int(), torch.zeros(8, dtype=torch.int64)[::2]):
-        assert not both(logits, place=places)[1]
-    assert torch.equal(logits[:, 1:] * 0, torch.zeros(4, 5))
+        assert not kernels.slopes(logits, ones, ones, places, ones, ones, ones, 1.0)
+    assert (logits == 1).all()
+    assert (ones == 1).all()
 
 
 @needs_kernels

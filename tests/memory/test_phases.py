@@ -100,15 +100,18 @@ def test_an_evaluation_larger_than_an_iteration_counts(tiny_run: Any) -> None:
 
 
 def test_correcting_the_rollout_counts(tiny_run: Any) -> None:
-    """The policy's pass over the responses, as the reference's in scoring; both have the same layers here."""
+    """The policy's pass over the responses, laid out as in training: layers as the value's here, logits as the reference's."""
     config = parse_config(tiny_run("llama", **{"rollout.correct_rollout": True}))
     estimator, choices = estimator_for(config), choices_of(config, torch.device("cpu"))
     plan = plan_for(config.models, estimator.sft, estimator.reward)
     shapes = estimator.holdings.shapes(plan)
     simulator = Simulator(estimator.sft, estimator.reward, estimator.workload)
     peaks = {phase: simulator.working(phase, plan, choices, shapes).peaks for phase in ("rollout", "scoring")}
-    for place in ("first layer", "last layer", "logits"):
-        assert peaks["rollout"][f"correction policy {place}"] == peaks["scoring"][f"reference {place}"]
+    for place in ("first layer", "last layer"):
+        assert peaks["rollout"][f"correction policy {place}"] == peaks["scoring"][f"value {place}"]
+    of_logits = (peaks["rollout"]["correction policy logits"], peaks["scoring"]["reference logits"])
+    assert of_logits[0]["logits"] == of_logits[1]["logits"] > 0
+    assert 0 < of_logits[0]["activations"] <= of_logits[1]["activations"], "states of prompts are not kept for them"
 
 
 def test_offloaded_backbones_take_turns(tiny_run: Any) -> None:

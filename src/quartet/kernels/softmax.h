@@ -55,7 +55,7 @@ CLONES static void NAMED(slope_row)(NUMBER *logits, float largest, float log_tot
     const int here = place >= 0 && place < columns;
     if (here) {
         const float log_p = (LOAD(logits + place) - largest) * by - log_total;
-        own = by_logprob - (by_logprob + by_entropy * (log_p + entropy)) * exponential(log_p);
+        own = by_logprob - (by_logprob + by_entropy * ((log_p < LOWEST ? LOWEST : log_p) + entropy)) * exponential(log_p);
     }
 #pragma omp simd
     for (long j = 0; j < columns; j++) {

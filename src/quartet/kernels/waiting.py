@@ -33,8 +33,8 @@ def together(wanted: bool) -> Iterator[None]:
     `silu_gradient` in float32.
 
     Kernels sweep through the caches, and what Python does between two of them takes several times as long as in one go. Until
-    the end of the block, or `caught_up`, nothing but these three may look at what they compute. One that cannot compute, so
-    that torch has to, catches up by itself.
+    the end of the block, or `caught_up`, nothing but these three may look at what they compute, or write to what they look
+    at. One that cannot compute, so that torch has to, catches up by itself.
     """
     if not wanted or _waiting.calls is not None or kernel("run") is None:
         yield

@@ -243,6 +243,7 @@ def _through_activation(
             product_into(by_lora_down[:, block], by_low.t(), between)
         if room is None or slope is None:
             continue
+        kernels.caught_up()
         by_active = torch.mul(by_between, up, out=between)
         torch.mul(by_between, active, out=up)
         found = slope(by_active, gate)

@@ -20,6 +20,7 @@ def with_low_rank(
         if kernels.multiply(result.flatten(0, -2), Term(flat, weight.t()), Term(low, up.t(), scale), bias=bias):
             return result, low
     result = linear_product(states, weight, bias)
+    kernels.caught_up()
     return result, add_low_rank(result, states, down, up, scale)
 
 

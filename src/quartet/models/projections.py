@@ -165,6 +165,7 @@ def _result(states: Tensor, layer: Weights, low: Tensor | None) -> Tensor:
         if kernels.multiply(result.flatten(0, -2), *terms, bias=layer.bias):
             return result
     result = linear_product(states, layer.weight, layer.bias)
+    kernels.caught_up()
     result.flatten(0, -2).addmm_(low, upright(layer.up), alpha=layer.scale)
     return result
 
