@@ -12,6 +12,7 @@ from checkpoints import write_model
 from pipeline import Pipeline
 from quartet.config import LoraConfig, parse_config
 from quartet.errors import CheckpointError
+from quartet.memory import skeleton
 from quartet.memory.choices import Choices, Workload, choices_of, workload_of
 from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.phases import PHASES, RUNS
@@ -99,19 +100,26 @@ def test_an_evaluation_larger_than_an_iteration_counts(tiny_run: Any) -> None:
     assert estimator_for(large, evaluated=7).workload.together(1) == 7
 
 
-def test_correcting_the_rollout_counts(tiny_run: Any) -> None:
-    """The policy's pass over the responses, laid out as in training: layers as the value's here, logits as the reference's."""
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_correcting_the_rollout_counts(side_by_side: bool, tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's pass over the responses: with padding as the reference's in scoring, whose layers are the same here;
+    side by side its layers are as the value's, and its logits the reference's."""
+    if not side_by_side:
+        monkeypatch.setattr(skeleton, "longest_packed", lambda _: 0)
     config = parse_config(tiny_run("llama", **{"rollout.correct_rollout": True}))
     estimator, choices = estimator_for(config), choices_of(config, torch.device("cpu"))
     plan = plan_for(config.models, estimator.sft, estimator.reward)
     shapes = estimator.holdings.shapes(plan)
     simulator = Simulator(estimator.sft, estimator.reward, estimator.workload)
     peaks = {phase: simulator.working(phase, plan, choices, shapes).peaks for phase in ("rollout", "scoring")}
+    found = {place: peaks["rollout"][f"correction policy {place}"] for place in ("first layer", "last layer", "logits")}
     for place in ("first layer", "last layer"):
-        assert peaks["rollout"][f"correction policy {place}"] == peaks["scoring"][f"value {place}"]
-    of_logits = (peaks["rollout"]["correction policy logits"], peaks["scoring"]["reference logits"])
-    assert of_logits[0]["logits"] == of_logits[1]["logits"] > 0
-    assert 0 < of_logits[0]["activations"] <= of_logits[1]["activations"], "states of prompts are not kept for them"
+        assert found[place] == peaks["scoring"][f"{'value' if side_by_side else 'reference'} {place}"]
+    expected = peaks["scoring"]["reference logits"]
+    if not side_by_side:
+        assert found["logits"] == expected
+    assert found["logits"]["logits"] == expected["logits"] > 0
+    assert 0 < found["logits"]["activations"] <= expected["activations"], "states of prompts are not kept for them"
 
 
 def test_offloaded_backbones_take_turns(tiny_run: Any) -> None:

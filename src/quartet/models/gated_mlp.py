@@ -60,6 +60,11 @@ def in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
     )
 
 
+def by_kernels(layers: list[Weights]) -> bool:
+    """Whether kernels compute the products of all layers."""
+    return all(has_kernels(layer.weight) for layer in layers)
+
+
 class GatedMLP(torch.autograd.Function):
     """`down(activation(gate(x)) * up(x))` of three layers.
 
@@ -77,7 +82,7 @@ class GatedMLP(torch.autograd.Function):
         # Sums of blocks would be rounded once for each in bfloat16, and trained weights want all features for their gradient.
         frozen = dtype != torch.bfloat16 and not any(ctx.needs_input_grad[FIRST::TENSORS])
         ctx.block = BLOCK if frozen else len(gate.weight)
-        with kernels.together(_by_kernels(activation, layers)):
+        with kernels.together(is_silu(activation) and by_kernels(layers)):
             gates, low_gates = _raised(flat, gate)
             ups, low_ups = _raised(flat, up)
             result, low_between = _lowered(gates, ups, activation, down, ctx.block)
@@ -94,7 +99,7 @@ class GatedMLP(torch.autograd.Function):
         layers = list(_layers(tensors, ctx.scales))
         gate, up, down = (_Gradients(ctx, number, layer) for number, layer in enumerate(layers))
         by_states = None
-        with kernels.together(_by_kernels(ctx.activation, layers)):
+        with kernels.together(is_silu(ctx.activation) and by_kernels(layers)):
             _through_activation(gradient.flatten(0, -2), gates, ups, low_between, ctx.activation, down, ctx.block)
             # From here on `gates` and `ups` are the gradients of what they were.
             by_gate_low, by_up_low = gate.by_low(gates), up.by_low(ups)
@@ -107,11 +112,6 @@ class GatedMLP(torch.autograd.Function):
             up.of_adapter(ups, by_up_low, flat, low_ups)
         LENDER.given_back(gates, ups)
         return by_states, None, None, *gate.found, *up.found, *down.found
-
-
-def _by_kernels(activation: Activation, layers: list[Weights]) -> bool:
-    """Whether kernels compute all that there is to compute."""
-    return is_silu(activation) and all(has_kernels(layer.weight) for layer in layers)
 
 
 def _layers(tensors: tuple[Tensor | None, ...] | list[Tensor | None], scales: list[float]) -> Iterator[Weights]:

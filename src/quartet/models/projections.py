@@ -15,7 +15,7 @@ from quartet import kernels
 from quartet.kernels import Term
 from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.converted import CONVERTED
-from quartet.models.gated_mlp import in_one_pass
+from quartet.models.gated_mlp import by_kernels, in_one_pass
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linears import READY, Weights, weights_of
 from quartet.models.low_rank import upright
@@ -92,7 +92,7 @@ class Projections(torch.autograd.Function):
         downs = [layer.down for layer in layers if layer.down is not None]
         joined = torch.cat(downs) if downs else None
         results, place = [], 0
-        with kernels.together(_by_kernels(layers)):
+        with kernels.together(by_kernels(layers)):
             low = None if joined is None else product(flat, joined.t() if has_kernels(joined) else upright(joined))
             for layer in layers:
                 part = None
@@ -112,42 +112,31 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         flat, joined, low, *tensors = ctx.saved_tensors
         layers, flats = _layers(tensors, ctx.scales), [gradient.flatten(0, -2) for gradient in gradients]
-        with kernels.together(_by_kernels(layers)):
-            return Projections._gradients(ctx, layers, flats, flat, joined, low)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any, layers: list[Weights], flats: list[Tensor], flat: Tensor, joined: Tensor | None, low: Tensor | None
-    ) -> tuple[Any, ...]:
-        found: list[Tensor | None] = [None] * len(ctx.given)
+        found: list[Tensor | None] = [None] * len(tensors)
         by_low = None if low is None else low.new_empty(low.shape)
         place = 0
-        for number, (layer, gradient) in enumerate(zip(layers, flats, strict=True)):
-            start = number * TENSORS
-            weight, bias, _, up = ctx.given[start : start + TENSORS]
-            needs = ctx.needs_input_grad[FIRST + start : FIRST + start + TENSORS]
-            if needs[0]:
-                found[start] = IN_PLACE.add_product(weight, gradient.t(), flat)
-            if needs[1]:
-                found[start + 1] = gradient.sum(0).to(bias.dtype)
-            if by_low is None or layer.down is None or layer.up is None:
-                continue
-            part = slice(place, place + len(layer.down))
-            place = part.stop
-            narrow, up_as_read = by_low[:, part], layer.up if has_kernels(layer.up) else upright(layer.up).t()
-            if not kernels.multiply(narrow, Term(gradient, up_as_read, layer.scale)):
-                torch.mm(gradient, up_as_read, out=narrow).mul_(layer.scale)
-            if low is not None and needs[3]:
-                found[start + 3] = product(low[:, part].t(), gradient, layer.scale).t().to(up.dtype)
-        if by_low is not None and joined is not None:
-            _of_downs(found, ctx, product(by_low.t(), flat))
-        by_states = _by_states(ctx, layers, flats, by_low, joined) if ctx.needs_input_grad[0] else None
+        with kernels.together(by_kernels(layers)):
+            for number, (layer, gradient) in enumerate(zip(layers, flats, strict=True)):
+                start = number * TENSORS
+                weight, bias, _, up = ctx.given[start : start + TENSORS]
+                needs = ctx.needs_input_grad[FIRST + start : FIRST + start + TENSORS]
+                if needs[0]:
+                    found[start] = IN_PLACE.add_product(weight, gradient.t(), flat)
+                if needs[1]:
+                    found[start + 1] = gradient.sum(0).to(bias.dtype)
+                if by_low is None or layer.down is None or layer.up is None:
+                    continue
+                part = slice(place, place + len(layer.down))
+                place = part.stop
+                narrow, up_as_read = by_low[:, part], layer.up if has_kernels(layer.up) else upright(layer.up).t()
+                if not kernels.multiply(narrow, Term(gradient, up_as_read, layer.scale)):
+                    torch.mm(gradient, up_as_read, out=narrow).mul_(layer.scale)
+                if low is not None and needs[3]:
+                    found[start + 3] = product(low[:, part].t(), gradient, layer.scale).t().to(up.dtype)
+            if by_low is not None and joined is not None:
+                _of_downs(found, ctx, product(by_low.t(), flat))
+            by_states = _by_states(ctx, layers, flats, by_low, joined) if ctx.needs_input_grad[0] else None
         return by_states, None, *found
-
-
-def _by_kernels(layers: list[Weights]) -> bool:
-    """Whether kernels compute all that there is to compute."""
-    return all(has_kernels(layer.weight) for layer in layers)
 
 
 def _layers(tensors: list[Any], scales: list[float]) -> list[Weights]:
