@@ -17,6 +17,8 @@ FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox", "gemma2")
 """Qwen2, GPT-2 and Gemma2 tie their embeddings; GPT-2 and GPT-NeoX have dropout; Gemma2 has windows and soft-caps."""
 FURTHER = ("gptj", "bloom", "mixtral", "opt")
 """Layers of GPT-J and Bloom return tuples; Mixtral has a router; OPT's forward calls the decoder inside its transformer."""
+WIDE = "wide"
+"""Llama with heads of 16 numbers, which the kernel of attention takes, and so whole layers can be one pass."""
 TIED = ("qwen2", "gpt2", "gemma2")
 HIDDEN, LAYERS, HEADS, MLP, POSITIONS = 32, 2, 4, 48, 64
 SPECIAL = ("<pad>", "<eos>", "<stop>", "<|endoftext|>")
@@ -53,6 +55,7 @@ def make_config(family: str, **changes: Any) -> Any:
         "initializer_range": SPREAD,
     }
     grouped = {"num_key_value_heads": 2}
+    wide_heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     narrow = {
         "n_embd": HIDDEN,
         "n_layer": LAYERS,
@@ -64,6 +67,7 @@ def make_config(family: str, **changes: Any) -> Any:
     windows = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}
     makers: dict[str, Callable[..., Any]] = {
         "llama": lambda **c: hf.LlamaConfig(**{**shared, **wide, **grouped, **c}),
+        "wide": lambda **c: hf.LlamaConfig(**{**shared, **wide, **wide_heads, **c}),
         "qwen2": lambda **c: hf.Qwen2Config(**{**shared, **wide, **grouped, "tie_word_embeddings": True, **c}),
         "gpt2": lambda **c: hf.GPT2Config(**{**shared, **narrow, **c}),
         "gpt_neox": lambda **c: hf.GPTNeoXConfig(

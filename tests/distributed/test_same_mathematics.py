@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints import WIDE
 from distributed.runs import exported, largest_difference, train_run
 from processes import results
 from quartet.trainer import train
@@ -30,6 +31,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "separate": {},
     "paired": {"models.lora": {"r": 4}},
     "single": {"models.lora": {"r": 4}, "reward": "reward-lora"},
+    "whole layers": {"family": WIDE, "models.lora": {"r": 4}},
 }
 ITERATIONS = 3
 
@@ -39,6 +41,7 @@ ITERATIONS = 3
     [
         ("ddp", "separate", {}),
         ("ddp", "paired", {}),
+        ("ddp", "whole layers", {}),
         ("zero2", "separate", {}),
         ("zero2", "single", {}),
         ("zero3", "separate", {}),
@@ -46,6 +49,7 @@ ITERATIONS = 3
         ("fsdp2", "separate", {}),
         ("fsdp2", "single", {"distributed.gather_for_rollout": False}),
         ("fsdp2", "paired", {"models.gradient_checkpointing": True}),
+        ("fsdp2", "whole layers", {}),
     ],
 )
 def test_two_processes_are_as_one(

@@ -157,6 +157,46 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], count: int) -> Non
 
 
 @needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 7), (70, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_sums(dtype: torch.dtype, shape: tuple[int, ...], count: int) -> None:
+    """Bit for bit what a sum of torch's and the norm of it are, and their gradients."""
+    torch.manual_seed(0)
+    states, sums, by, also = (drawn(*shape, dtype=dtype, scale=3.0) for _ in range(4))
+    weight, total, version = drawn(shape[-1], dtype=dtype), states + sums, sums._version
+    with threads(count):
+        expected, found = kernels.rms_norm(total, weight, 1e-3), kernels.rms_norm(states, weight, 1e-3, sums=sums)
+        assert expected is not None
+        assert found is not None
+        assert torch.equal(sums, total)
+        assert sums._version > version
+        assert all(map(torch.equal, found, expected))
+        plain = kernels.rms_norm_gradient(by, total, weight, found[1], of_weight=True)
+        with_another = kernels.rms_norm_gradient(by, total, weight, found[1], of_weight=True, also=also)
+    assert plain is not None
+    assert with_another is not None
+    assert torch.equal(with_another[0], plain[0] + also)
+    assert plain[1] is not None
+    assert with_another[1] is not None
+    assert torch.equal(with_another[1], plain[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("shape", [(1,), (2, 3, 7), (70, 300), (0, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add(dtype: torch.dtype, shape: tuple[int, ...], count: int) -> None:
+    torch.manual_seed(0)
+    sums, states = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype)
+    expected, version = sums + states, sums._version
+    with threads(count):
+        assert kernels.add(sums, states)
+    assert torch.equal(sums, expected)
+    assert sums._version > version
+
+
+@needs_kernels
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("back", [False, True])
@@ -213,6 +253,17 @@ def test_what_does_not_fit_is_left_to_torch() -> None:
         assert kernels.rms_norm_gradient(x, x, weight, x[:, :1].contiguous(), of_weight=True) is None
     assert kernels.rms_norm_gradient(x[:2], x, x[0], x[:, :1].contiguous(), of_weight=True) is None
     assert kernels.rms_norm_gradient(x, x, x[0], x[0, :2], of_weight=True) is None
+    assert kernels.rms_norm(x, x[0], 1e-6, sums=x[:2]) is None
+    assert kernels.rms_norm(x, x[0], 1e-6, sums=x.bfloat16()) is None
+    scales = x[:, :1].contiguous()
+    assert kernels.rms_norm_gradient(x, x, x[0], scales, of_weight=True, also=x[:2]) is None
+    assert kernels.rms_norm_gradient(x, x, x[0], scales, of_weight=True, also=x.bfloat16()) is None
+    assert not kernels.norms(x, x[0].bfloat16())
+    assert kernels.norms(x, x[0])
+    assert not kernels.add(x, x[:2])
+    assert not kernels.add(x, x.bfloat16())
+    assert not kernels.add(double, double)
+    assert not kernels.add(x.t(), x.t())
     states, angles = x.view(1, 2, 2, 6), torch.ones(1, 2, 6)
     assert kernels.rotary_fits(states, angles, angles)
     for cos, sin in (

@@ -71,6 +71,44 @@ def test_a_chain(generation: str, threads: int, monkeypatch: pytest.MonkeyPatch)
     assert all(map(torch.equal, found, chain(nullcontext())))
 
 
+def layer(block: AbstractContextManager[None]) -> list[Tensor]:
+    """What stands around products in a layer, and its gradients, each of what the one before gave."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(1, 70, 64), torch.randn(64)
+    cosines, sines = torch.randn(1, 70, 32), torch.randn(1, 70, 32)
+    bounds = torch.tensor([0, 30, 67])
+    with block:
+        sums = torch.ones(1, 70, 64)
+        found = kernels.rms_norm(states, weight, 1e-3, sums=sums)
+        assert found is not None
+        normal, scales = found
+        heads = kernels.rotary(normal.view(1, 70, 2, 32).transpose(1, 2), cosines, sines, back=False)
+        mixed = kernels.attention(heads, heads, heads, bounds, 37, 0.2)
+        assert kernels.add(mixed.flatten(2), sums)
+        by = kernels.attention_gradient(heads, heads, heads, mixed, mixed, bounds, 37, 0.2)
+        by_heads = kernels.rotary(by[0], cosines, sines, back=True).transpose(1, 2).flatten(2)
+        gradients = kernels.rms_norm_gradient(by_heads, sums, weight, scales, of_weight=True, also=mixed.flatten(2))
+        assert gradients is not None
+        del by_heads, heads
+    return [sums, normal, scales, mixed, *by, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_stands_around_products(generation: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(threads)
+    names: list[str] = []
+    with counted(monkeypatch, names):
+        found = layer(kernels.together(True))
+    assert names == ["run"]
+    with counted(monkeypatch, names):
+        expected = layer(nullcontext())
+    assert names[1:] == [
+        *("rms_norm_f32", "rotary_f32_f32", "attention_f32", "add_f32"),
+        *("attention_gradient_f32", "rotary_f32_f32", "rms_norm_gradient_f32"),
+    ]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_nothing_waits_where_it_is_not_wanted_and_an_inner_block_waits_for_the_outer() -> None:
     out, left = torch.zeros(8, 8), torch.ones(8, 8)
     with kernels.together(False):
@@ -94,6 +132,10 @@ def test_nothing_waits_where_it_is_not_wanted_and_an_inner_block_waits_for_the_o
         lambda: kernels.silu_product(*(torch.zeros(2, 2).t()[:, :1] for _ in range(2)), torch.zeros(3, 3)),
         lambda: kernels.silu_gradient(*(torch.zeros(2, 2) for _ in range(4)), torch.zeros(3, 3), None),
         lambda: not kernels.silu_product(*(torch.zeros(2, 2, dtype=torch.bfloat16) for _ in range(3))),
+        lambda: kernels.add(torch.zeros(2, 2), torch.zeros(3, 2)),
+        lambda: kernels.rms_norm(torch.zeros(2, 2), torch.zeros(3), 1e-6),
+        lambda: kernels.rms_norm_gradient(*(torch.zeros(2, 2) for _ in range(4)), of_weight=True),
+        lambda: not kernels.rms_norm(torch.zeros(2, 2).bfloat16(), torch.zeros(2).bfloat16(), 1e-6),
     ],
 )
 def test_what_cannot_wait_catches_up_first(refused: Callable[[], bool]) -> None:

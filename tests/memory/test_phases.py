@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import write_model
+from checkpoints import WIDE, write_model
 from pipeline import Pipeline
 from quartet.config import LoraConfig, parse_config
 from quartet.errors import CheckpointError
@@ -41,6 +41,9 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         ("gpt2", {"models.lora": {"r": 4}, "models.sharing": "paired"}),
         ("llama", {"models.lora": {"r": 4}, "models.sharing": "paired", "models.dtype": "bfloat16"}),
         ("llama", {"models.freeze_layers": 1}),
+        (WIDE, {}),
+        (WIDE, {"models.gradient_checkpointing": True}),
+        (WIDE, {"models.lora": {"r": 4}, "models.sharing": "paired"}),
     ],
 )
 def test_fake_tensors_take_as_much_as_real_ones(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import WIDE
 from pipeline import Pipeline
 from quartet.records import Advantaged
 from questions import Questions
@@ -23,7 +24,9 @@ def questions_of(pipeline: Pipeline, batch: Advantaged) -> list[str]:
 
 @pytest.mark.parametrize("placement", ["stop", "after_stop"])
 @pytest.mark.parametrize(
-    "plan", [{}, {"models.lora": {"r": 4}}, {"models.freeze_layers": 1}], ids=["separate", "paired", "frozen layers"]
+    "plan",
+    [{}, {"models.lora": {"r": 4}}, {"models.freeze_layers": 1}, {"family": WIDE}],
+    ids=["separate", "paired", "frozen layers", "whole layers"],
 )
 def test_questions_do_not_grow_with_microbatches(plan: dict[str, Any], placement: str, tiny_run: TinyRun) -> None:
     """As many with eight microbatches of one row in each of two minibatches and three epochs as with one of all rows."""

@@ -7,7 +7,16 @@ torch's operations.
 from quartet.kernels.attending import attention, attention_fits, attention_gradient
 from quartet.kernels.decoding import FEW, Decoding, Layer, Linear, alike, decodes, few_rows
 from quartet.kernels.drawing import draw
-from quartet.kernels.elementwise import rms_norm, rms_norm_gradient, rotary, rotary_fits, silu_gradient, silu_product
+from quartet.kernels.elementwise import (
+    add,
+    norms,
+    rms_norm,
+    rms_norm_gradient,
+    rotary,
+    rotary_fits,
+    silu_gradient,
+    silu_product,
+)
 from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
 from quartet.kernels.softmax import exponentials, slopes
 from quartet.kernels.waiting import caught_up, together
@@ -18,6 +27,7 @@ __all__ = [
     "Layer",
     "Linear",
     "Term",
+    "add",
     "alike",
     "attention",
     "attention_fits",
@@ -30,6 +40,7 @@ __all__ = [
     "is_intel",
     "multiplies",
     "multiply",
+    "norms",
     "rms_norm",
     "rms_norm_gradient",
     "rotary",

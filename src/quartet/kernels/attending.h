@@ -1,9 +1,17 @@
 /* Causal attention of sequences that lie side by side, shared among threads: included for each dtype. Heads are a multiple of 16
  * numbers. */
 
+/* Zeros for tokens after the last sequence. */
+static void NAMED(clear_rest)(const attention *a, NUMBER *out, long token, long head, long heads) {
+    for (long t = a->first[a->sequences]; t < a->tokens; t++)
+        for (long h = 0; h < heads; h++)
+            for (long i = 0; i < a->size; i++) STORE(out + t * token + h * head + i, 0.0f);
+}
+
 /* softmax(q k^T scaling) v of each token over those of its sequence up to itself. */
 void NAMED(attention)(const attention *a, const NUMBER *query, const NUMBER *key, const NUMBER *value, NUMBER *mixed) {
     const long pairs = a->sequences * a->shared, group = a->heads / a->shared;
+    NAMED(clear_rest)(a, mixed, a->mixed_token, a->mixed_head, a->heads);
 #pragma omp parallel for schedule(dynamic) num_threads((int)a->threads)
     for (long pair = 0; pair < pairs; pair++) {
         const long start = a->first[pair / a->shared], length = a->first[pair / a->shared + 1] - start, h = pair % a->shared;
@@ -18,6 +26,9 @@ void NAMED(attention)(const attention *a, const NUMBER *query, const NUMBER *key
 void NAMED(attention_gradient)(const attention *a, const NUMBER *query, const NUMBER *key, const NUMBER *value, const NUMBER *mixed,
                                const NUMBER *by_mixed, NUMBER *by_query, NUMBER *by_key, NUMBER *by_value) {
     const long pairs = a->sequences * a->shared, group = a->heads / a->shared;
+    NAMED(clear_rest)(a, by_query, a->by_query_token, a->by_query_head, a->heads);
+    NAMED(clear_rest)(a, by_key, a->by_key_token, a->by_key_head, a->shared);
+    NAMED(clear_rest)(a, by_value, a->by_value_token, a->by_value_head, a->shared);
 #pragma omp parallel for schedule(dynamic) num_threads((int)a->threads)
     for (long pair = 0; pair < pairs; pair++) {
         const long start = a->first[pair / a->shared], length = a->first[pair / a->shared + 1] - start, h = pair % a->shared;

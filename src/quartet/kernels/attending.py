@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.waiting import call, keep
 
 SIDE = 16
 """Tokens are filled up to a multiple of so many, of which the numbers of a head have to be one too (`SIDE` in few_rows.h)."""
@@ -16,7 +16,7 @@ LONGEST = 512
 """Tokens of a sequence: a thread's room grows with their square."""
 HEAD_ROOMS = 9
 """Of a sequence's tokens under one head, in a thread's room (`attention_numbers` in sequences.h)."""
-_WHOLE = ("sequences", "heads", "shared", "size", "longest", "threads")
+_WHOLE = ("sequences", "tokens", "heads", "shared", "size", "longest", "threads")
 _STRIDES = [
     f"{name}_{of}"
     for name in ("query", "key", "value", "mixed", "by_query", "by_key", "by_value")
@@ -57,14 +57,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, longest:
     Returns:
         `[1, tokens, heads, size]`, zeros for tokens of no sequence.
     """
-    tokens = query.shape[2]
-    mixed = query.new_empty(1, tokens, query.shape[1], query.shape[3])
+    mixed = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     asked, room = _asked(query, key, value, mixed, first, longest, scaling)
-    if are_real(query, key, value):
-        end = int(first[-1])
-        mixed[:, end:] = 0
-        _function("attention", query)(ctypes.addressof(asked), *_pointers(query, key, value, mixed))
-    del room
+    _call("attention", (query, key, value, mixed), asked, (room, first))
     return mixed
 
 
@@ -89,13 +84,7 @@ def attention_gradient(
     by_query, by_key, by_value = (query.new_empty(shape).transpose(1, 2) for shape in shapes)
     found = by_query, by_key, by_value
     asked, room = _asked(query, key, value, mixed, first, longest, scaling, found)
-    if are_real(query, key, value, by_mixed):
-        end = int(first[-1])
-        for gradient in found:
-            gradient[:, :, end:] = 0
-        pointers = _pointers(query, key, value, mixed, by_mixed, *found)
-        _function("attention_gradient", query)(ctypes.addressof(asked), *pointers)
-    del room
+    _call("attention_gradient", (query, key, value, mixed, by_mixed, *found), asked, (room, first))
     return found
 
 
@@ -116,15 +105,16 @@ def _asked(
     strides = [t.stride(axis) for t in (query, key, value, mixed.transpose(1, 2), *gradients) for axis in (2, 1)]
     strides += [0] * (len(_STRIDES) - len(strides))
     asked = _Attention(
-        len(first) - 1, query.shape[1], key.shape[1], size, longest, threads, *strides,
+        len(first) - 1, query.shape[2], query.shape[1], key.shape[1], size, longest, threads, *strides,
         first.data_ptr() if real else 0, room.data_ptr() if real else 0, scaling,
     )  # fmt: skip
     return asked, room
 
 
-def _pointers(*tensors: Tensor) -> list[int]:
-    return [t.data_ptr() for t in tensors]
-
-
-def _function(name: str, query: Tensor) -> Any:
-    return kernel(f"{name}_{DTYPES[query.dtype]}")
+def _call(name: str, tensors: tuple[Tensor, ...], asked: _Attention, more: tuple[Tensor, ...]) -> None:
+    kept = (asked, *more, *tensors)
+    if are_real(*tensors):
+        given = ctypes.addressof(asked), *(t.data_ptr() for t in tensors)
+        call(f"{name}_{DTYPES[tensors[0].dtype]}", given, kept)
+    else:
+        keep(kept)

@@ -6,15 +6,12 @@ over counts as changed, so that autograd notices where it was saved for a pass t
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
-from quartet.kernels.waiting import SILU_GRADIENT, SILU_PRODUCT, caught_up, waits
+from quartet.kernels.waiting import call, caught_up, keep
 
 
 def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
@@ -24,13 +21,15 @@ def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
         Whether it was computed.
     """
     tensors = (gate, up, out)
-    function = _for_rows(tensors, "silu_product")
-    if function is None:
+    name = _for_rows(tensors, "silu_product")
+    if name is None:
         caught_up()
         return False
     if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
-        _call(function, SILU_PRODUCT, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+        call(name, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+    else:
+        keep(tensors)
     increment_version(out)
     return True
 
@@ -48,41 +47,76 @@ def silu_gradient(
         Whether it was computed.
     """
     tensors = (by_product, gate, up, by_gate, by_up, *(() if product is None else (product,)))
-    function = _for_rows(tensors, "silu_gradient")
-    if function is None:
+    name = _for_rows(tensors, "silu_gradient")
+    if name is None:
         caught_up()
         return False
     if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         if product is None:
             pointers, strides = [*pointers, 0], [*strides, 0]
-        _call(function, SILU_GRADIENT, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+        call(name, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+    else:
+        keep(tensors)
     increment_version(tensors[3:])
     return True
 
 
-def rms_norm(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+def add(sums: Tensor, states: Tensor) -> bool:
+    """Add to `sums`: contiguous both, of one shape and dtype.
+
+    Returns:
+        Whether it was computed.
+    """
+    tensors = (sums, states)
+    name = _for_whole(tensors, "add") if sums.shape == states.shape else None
+    if name is None:
+        caught_up()
+        return False
+    if are_real(*tensors):
+        columns = max(sums.shape[-1], 1)
+        call(
+            name, (*(t.data_ptr() for t in tensors), sums.numel() // columns, columns, torch.get_num_threads()), tensors
+        )
+    increment_version(sums)
+    return True
+
+
+def norms(states: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` and its gradient have a kernel for these tensors."""
+    known = weight.ndim == 1 and len(weight) > 0 and states.shape[-1:] == weight.shape
+    return known and _for_whole((states, weight), "rms_norm") is not None
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float, *, sums: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """`x r w` with `r = 1 / sqrt(mean(x^2) + eps)` of each row, and r.
 
     Args:
         states: x, `[..., features]`; contiguous and in one dtype, like the weight.
+        sums: what the states are added to first, in place, so that x is the sum; like the states.
 
     Returns:
         Shapes `[..., features]` and `[..., 1]`, the second in float32; None where there is no kernel for these tensors.
     """
-    function = _for_whole((states, weight), "rms_norm") if _norms(states, weight) else None
-    if function is None:
+    fits = norms(states, weight) and (sums is None or sums.shape == states.shape)
+    name = _for_whole((states, weight) if sums is None else (states, weight, sums), "rms_norm") if fits else None
+    if name is None:
+        caught_up()
         return None
     out, scales = torch.empty_like(states), states.new_empty(*states.shape[:-1], 1, dtype=torch.float32)
-    tensors = (states, weight, out, scales)
-    if are_real(*tensors):
-        pointers, columns = [t.data_ptr() for t in tensors], len(weight)
-        function(*pointers, states.numel() // columns, columns, eps, torch.get_num_threads())
+    tensors = (states, weight, sums, out, scales)
+    if are_real(states, weight):
+        pointers, columns = [0 if t is None else t.data_ptr() for t in tensors], len(weight)
+        call(name, (*pointers, states.numel() // columns, columns, eps, torch.get_num_threads()), tensors)
+    else:
+        keep(tensors)
+    if sums is not None:
+        increment_version(sums)
     return out, scales
 
 
 def rms_norm_gradient(
-    gradient: Tensor, states: Tensor, weight: Tensor, scales: Tensor, *, of_weight: bool
+    gradient: Tensor, states: Tensor, weight: Tensor, scales: Tensor, *, of_weight: bool, also: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None] | None:
     """Gradients of what `rms_norm` was given.
 
@@ -90,21 +124,28 @@ def rms_norm_gradient(
         gradient, states: `[..., features]`, contiguous and in one dtype, like the weight.
         scales: the second that `rms_norm` gave.
         of_weight: whether the weight's is asked for; each of torch's threads sums up its rows' part.
+        also: added to the gradient of the states, and like it.
 
     Returns:
         The gradient of the states and that of the weight; None where there is no kernel for these tensors.
     """
-    fits = _norms(states, weight) and gradient.shape == states.shape and scales.shape == (*states.shape[:-1], 1)
-    whole = fit(scales) and scales.dtype == torch.float32 and scales.is_contiguous()
-    function = _for_whole((gradient, states, weight), "rms_norm_gradient") if fits and whole else None
-    if function is None:
+    fits = norms(states, weight) and gradient.shape == states.shape and scales.shape == (*states.shape[:-1], 1)
+    fits = fits and fit(scales) and scales.dtype == torch.float32 and scales.is_contiguous()
+    fits = fits and (also is None or also.shape == states.shape)
+    given = (gradient, states, weight) if also is None else (gradient, states, weight, also)
+    name = _for_whole(given, "rms_norm_gradient") if fits else None
+    if name is None:
+        caught_up()
         return None
     by_states, threads = torch.empty_like(states), torch.get_num_threads()
     parts = weight.new_zeros(threads, len(weight), dtype=torch.float32) if of_weight else None
+    tensors = (gradient, states, weight, scales, also, by_states, parts)
     if are_real(gradient, states):
-        pointers = [t.data_ptr() for t in (gradient, states, weight, scales, by_states)]
-        function(*pointers, 0 if parts is None else parts.data_ptr(), scales.numel(), len(weight), threads)
-    return by_states, None if parts is None else parts.sum(0).to(weight.dtype)
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        call(name, (*pointers, scales.numel(), len(weight), threads), tensors)
+    else:
+        keep(tensors)
+    return by_states, None if parts is None else parts[0].to(weight.dtype)
 
 
 def rotary_fits(states: Tensor, cosines: Tensor, sines: Tensor) -> bool:
@@ -138,8 +179,8 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
     Raises:
         ValueError: there is no kernel for these tensors.
     """
-    function = _turning(states, cosines) if rotary_fits(states, cosines, sines) else None
-    if function is None:
+    name = _turning(states, cosines) if rotary_fits(states, cosines, sines) else None
+    if name is None:
         raise ValueError(f"no kernel turns {tuple(states.shape)} in {states.dtype} by {tuple(cosines.shape)} angles")
     out = torch.empty_like(states)
     if are_real(states, cosines):
@@ -147,39 +188,34 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
         strides = [t.stride(axis) for t in (states, out) for axis in (0, 2, 1)]
         angles = [0 if len(cosines) == 1 else cosines.stride(0), cosines.stride(1)]
         pointers = [t.data_ptr() for t in (states, cosines, sines, out)]
-        function(*pointers, n, tokens, heads, width, *strides, *angles, back, torch.get_num_threads())
+        numbers = (n, tokens, heads, width, *strides, *angles, back, torch.get_num_threads())
+        call(name, (*pointers, *numbers), (states, cosines, sines, out))
+    else:
+        keep((states, cosines, sines, out))
     return out
 
 
-def _call(function: Callable[..., None], number: int, given: tuple[int, ...], tensors: tuple[Tensor, ...]) -> None:
-    """Call a kernel, or let it wait with others; in bfloat16 none waits."""
-    if tensors[0].dtype == torch.float32:
-        if waits(number, struct.pack(f"{len(given)}q", *given), tensors):
-            return
-    else:
-        caught_up()
-    function(*given)
-
-
-def _for_rows(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
+def _for_rows(tensors: tuple[Tensor, ...], name: str) -> str | None:
     first = tensors[0]
     if first.dtype not in DTYPES or first.ndim != 2 or not fit(*tensors):
         return None
     alike = all(t.dtype == first.dtype and t.shape == first.shape and t.stride(1) == 1 for t in tensors)
-    return kernel(f"{name}_{DTYPES[first.dtype]}") if alike else None
+    return _named(name, first.dtype) if alike else None
 
 
-def _norms(states: Tensor, weight: Tensor) -> bool:
-    return weight.ndim == 1 and len(weight) > 0 and states.shape[-1:] == weight.shape
-
-
-def _for_whole(tensors: tuple[Tensor, ...], name: str) -> Callable[..., None] | None:
+def _for_whole(tensors: tuple[Tensor, ...], name: str) -> str | None:
     dtype = tensors[0].dtype
     alike = dtype in DTYPES and fit(*tensors) and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
-    return kernel(f"{name}_{DTYPES[dtype]}") if alike else None
+    return _named(name, dtype) if alike else None
 
 
-def _turning(states: Tensor, angles: Tensor) -> Callable[..., None] | None:
+def _turning(states: Tensor, angles: Tensor) -> str | None:
     dtypes = (states.dtype, angles.dtype)
     known = all(dtype in DTYPES for dtype in dtypes) and dtypes != (torch.float32, torch.bfloat16)
-    return kernel("rotary_" + "_".join(DTYPES[dtype] for dtype in dtypes)) if known else None
+    return _named("rotary", *dtypes) if known else None
+
+
+def _named(name: str, *dtypes: torch.dtype) -> str | None:
+    """A kernel's whole name; None where there is none."""
+    whole = "_".join((name, *(DTYPES[dtype] for dtype in dtypes)))
+    return None if kernel(whole) is None else whole

@@ -114,7 +114,6 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "typed.h"
 #include "generations.h"
 #include "multiplying.h"
-#include "waiting.h"
 #include "attending.h"
 #include "linear.h"
 #include "decoding.h"
@@ -124,6 +123,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #define LOAD_ANGLE load_f32
 #define TURNED(kernel) kernel##_f32_f32
 #include "rotary.h"
+#include "waiting.h"
 #undef NUMBER
 #undef LOAD
 #undef STORE

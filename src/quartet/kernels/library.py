@@ -21,8 +21,9 @@ FILE = Path(__file__).parent / "kernels.so"
 ARGUMENTS = {
     "silu_product": 9,
     "silu_gradient": 15,
-    "rms_norm": 8,
-    "rms_norm_gradient": 9,
+    "add": 5,
+    "rms_norm": 9,
+    "rms_norm_gradient": 10,
     "rotary": 18,
     "few_rows": 9,
     "decode": 2,
@@ -35,7 +36,7 @@ ARGUMENTS = {
     "attention_gradient": 9,
 }
 """Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
-FLOATS = {"rms_norm": 6, "draw": 7, "exponentials": 7, "slopes": 10}
+FLOATS = {"rms_norm": 7, "draw": 7, "exponentials": 7, "slopes": 10}
 """The argument of a kernel that is a float."""
 BYTES = {"multiply", "run"}
 """Kernels that are given one block of numbers, packed."""
@@ -52,7 +53,7 @@ def kernel(name: str) -> Callable[..., None] | None:
     if library is None:
         return None
     function: Any = getattr(library, name)
-    bare = re.sub("(_b?f[0-9]+)+$", "", name)
+    bare = without_dtypes(name)
     kinds: list[Any] = [ctypes.c_long] * ARGUMENTS[bare]
     if bare in BYTES:
         kinds = [ctypes.c_char_p]
@@ -61,6 +62,11 @@ def kernel(name: str) -> Callable[..., None] | None:
     function.argtypes, function.restype = kinds, None
     found: Callable[..., None] = function
     return found
+
+
+def without_dtypes(name: str) -> str:
+    """A kernel's name but for its dtypes."""
+    return re.sub("(_b?f[0-9]+)+$", "", name)
 
 
 def are_there() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import are_real, fit, has_wide_vectors, kernel
-from quartet.kernels.waiting import MULTIPLY, caught_up, waits
+from quartet.kernels.waiting import caught_up, keep, waits
 
 WITHIN = 288 * (96 + 1024 + 32)
 """Numbers of a thread's room (`WITHIN` in terms.h), which is kept. A plan of memory does not count it: it lies within what is
@@ -102,8 +102,10 @@ def _multiplied(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: 
         for left, right, scale in terms:
             numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
         given = _layout(len(terms)).pack(*numbers)
-        if not waits(MULTIPLY, given, tensors):
+        if not waits("multiply", given, tensors):
             function(given)
+    else:
+        keep(tensors)
     increment_version(out)
     return True
 

@@ -3,7 +3,7 @@
 /* Causal attention of sequences that lie side by side. Of query, key, value and their like: numbers from one token to the next, and
  * from one head to the next. `first`: the place of each sequence's first token, and after the last sequence's last. */
 typedef struct {
-    long sequences, heads, shared, size, longest, threads;
+    long sequences, tokens, heads, shared, size, longest, threads;
     long query_token, query_head, key_token, key_head, value_token, value_head, mixed_token, mixed_head;
     long by_query_token, by_query_head, by_key_token, by_key_head, by_value_token, by_value_head;
     const long *first;

@@ -69,11 +69,28 @@ void NAMED(silu_gradient)(const NUMBER *by_product, const NUMBER *gate, const NU
                                     up_row, by_gate_row, by_up_row, product_row));
 }
 
-CLONES static void NAMED(rms_norm_rows)(const NUMBER *states, const NUMBER *weight, NUMBER *out, float *scales, long from,
-                                        long to, long columns, float eps) {
+CLONES static void NAMED(add_rows)(NUMBER *sums, const NUMBER *states, long from, long to, long columns) {
+    NUMBER *y = sums + from * columns;
+    const NUMBER *x = states + from * columns;
+#pragma omp simd
+    for (long j = 0; j < (to - from) * columns; j++) STORE(y + j, LOAD(y + j) + LOAD(x + j));
+}
+
+/* Adds the states to `sums`. */
+void NAMED(add)(NUMBER *sums, const NUMBER *states, long rows, long columns, long threads) {
+    if (rows * columns < LEAST) threads = 1;
+    RANGE(rows, threads, NAMED(add_rows)(sums, states, from, to, columns));
+}
+
+CLONES static void NAMED(rms_norm_rows)(const NUMBER *states, const NUMBER *weight, NUMBER *sums, NUMBER *out, float *scales,
+                                        long from, long to, long columns, float eps) {
     for (long i = from; i < to; i++) {
         const NUMBER *x = states + i * columns;
         NUMBER *y = out + i * columns;
+        if (sums) {
+            NAMED(add_rows)(sums, states, i, i + 1, columns);
+            x = sums + i * columns;
+        }
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (long j = 0; j < columns; j++) sum += LOAD(x + j) * LOAD(x + j);
@@ -84,16 +101,17 @@ CLONES static void NAMED(rms_norm_rows)(const NUMBER *states, const NUMBER *weig
     }
 }
 
-/* x r w, with r = 1 / sqrt(mean(x^2) + eps) of each row, which is kept. */
-void NAMED(rms_norm)(const NUMBER *states, const NUMBER *weight, NUMBER *out, float *scales, long rows, long columns,
+/* x r w, with r = 1 / sqrt(mean(x^2) + eps) of each row, which is kept. Unless `sums` is null, the states are added to it first, and x
+ * is the sum. */
+void NAMED(rms_norm)(const NUMBER *states, const NUMBER *weight, NUMBER *sums, NUMBER *out, float *scales, long rows, long columns,
                      float eps, long threads) {
     if (rows * columns < LEAST) threads = 1;
-    RANGE(rows, threads, NAMED(rms_norm_rows)(states, weight, out, scales, from, to, columns, eps));
+    RANGE(rows, threads, NAMED(rms_norm_rows)(states, weight, sums, out, scales, from, to, columns, eps));
 }
 
 CLONES static void NAMED(rms_norm_gradient_rows)(const NUMBER *gradient, const NUMBER *states, const NUMBER *weight,
-                                                 const float *scales, NUMBER *by_states, float *by_weight, long from,
-                                                 long to, long columns) {
+                                                 const float *scales, const NUMBER *also, NUMBER *by_states,
+                                                 float *by_weight, long from, long to, long columns) {
     for (long i = from; i < to; i++) {
         const NUMBER *g = gradient + i * columns, *x = states + i * columns;
         NUMBER *d = by_states + i * columns;
@@ -108,13 +126,17 @@ CLONES static void NAMED(rms_norm_gradient_rows)(const NUMBER *gradient, const N
 #pragma omp simd
             for (long j = 0; j < columns; j++) by_weight[j] += LOAD(g + j) * LOAD(x + j) * scale;
         }
+        if (also) NAMED(add_rows)(by_states, also, i, i + 1, columns);
     }
 }
 
-/* by_states = r (g w - n mean(g w n)) with n = x r; by_weight, `[threads, columns]` of zeros or null, the sum of g n. */
+/* by_states = r (g w - n mean(g w n)) with n = x r, and `also` unless null; by_weight, `[threads, columns]` of zeros or null: in its
+ * first row the sum of g n. */
 void NAMED(rms_norm_gradient)(const NUMBER *gradient, const NUMBER *states, const NUMBER *weight, const float *scales,
-                              NUMBER *by_states, float *by_weight, long rows, long columns, long threads) {
+                              const NUMBER *also, NUMBER *by_states, float *by_weight, long rows, long columns, long threads) {
     RANGE(rows, threads,
-          NAMED(rms_norm_gradient_rows)(gradient, states, weight, scales, by_states,
+          NAMED(rms_norm_gradient_rows)(gradient, states, weight, scales, also, by_states,
                                         by_weight ? by_weight + thread * columns : by_weight, from, to, columns));
+    for (long thread = 1; by_weight && thread < threads; thread++)
+        add_rows_f32(by_weight, by_weight + thread * columns, 0, 1, columns);
 }

@@ -26,7 +26,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
     Returns:
         `[1, tokens, heads, d]`, zeros for tokens of no sequence.
     """
-    apply: Callable[..., Tensor] = _Causal.apply
+    apply: Callable[..., Tensor] = Causal.apply
     return apply(query, key, value, bounds, longest, scaling)
 
 
@@ -36,7 +36,9 @@ def as_one_row(states: Tensor) -> Tensor:
     return states.transpose(1, 2).reshape(1, rows * length, heads, size).transpose(1, 2)
 
 
-class _Causal(torch.autograd.Function):
+class Causal(torch.autograd.Function):
+    """The pass of `causal_attention`."""
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float

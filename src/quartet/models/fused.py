@@ -13,21 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from quartet import kernels
 from quartet.models.as_in_training import computes_as_in_training
+from quartet.models.decoder_layer import layer_class
 from quartet.models.gated import multiplied
 from quartet.models.gated_mlp import gated_mlp
+from quartet.models.known import GATED, RMS_NORM, library_kind, own_class
 from quartet.models.layout import packed_now
 from quartet.models.linears import is_replaced
 from quartet.models.precision import on_cpu
 from quartet.models.projections import projects, with_projections
 from quartet.models.rotary import turning_class
 
-GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
-"""What the forward of a gated MLP computes, in the source of every family that has one."""
-RMS_NORM = (
-    "variance = hidden_states.pow(2).mean(-1, keepdim=True)",
-    "hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
-    "return self.weight * hidden_states.to(input_dtype)",
-)
 _kinds: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
@@ -39,15 +34,10 @@ def use_fused_layers(model: nn.Module) -> None:
     those of a training pass (`as_in_training`).
     """
     for module in model.modules():
-        kind = None if is_replaced(module) else _fused_kind(type(module))
+        stands_in = library_kind(type(module)) is not type(module)
+        kind = None if stands_in or is_replaced(module) else _fused_kind(type(module))
         if kind is not None:
             module.__class__ = kind
-
-
-def library_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """The library's class, of which this may be one with passes of its own."""
-    known: type[nn.Module] = kind.__mro__[1] if kind in _kinds.values() else kind
-    return known
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,7 +57,8 @@ def _fused_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
         except (OSError, TypeError):
             source = ""
         made = _gated_class(kind) if GATED in source else _attention_class(kind)
-        _kinds[kind] = _norm_class(kind) if all(line in source for line in RMS_NORM) else made
+        made = _norm_class(kind) if all(line in source for line in RMS_NORM) else made
+        _kinds[kind] = layer_class(kind) if made is None else made
     return _kinds[kind]
 
 
@@ -84,7 +75,7 @@ def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
         return result if packed is None else packed.read.lengthen(result.squeeze(0)).unsqueeze(0)
 
     # `is_last`: the MLP of the last layer; in a packed layout it computes only the tokens whose states are read.
-    return type(kind.__name__, (kind,), {"forward": forward, "is_last": False, "__module__": __name__})
+    return own_class(kind, forward, is_last=False)
 
 
 def _attention_class(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -92,7 +83,7 @@ def _attention_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     if not projects(kind):
         return made
     forward = with_projections(kind.forward if made is None else made.forward)
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return own_class(kind, forward)
 
 
 def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -102,7 +93,7 @@ def _norm_class(kind: type[nn.Module]) -> type[nn.Module]:
             return plain
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return own_class(kind, forward)
 
 
 class _RMSNorm(torch.autograd.Function):

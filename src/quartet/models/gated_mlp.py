@@ -85,12 +85,14 @@ class GatedMLP(torch.autograd.Function):
         with kernels.together(is_silu(activation) and by_kernels(layers)):
             gates, low_gates = _raised(flat, gate)
             ups, low_ups = _raised(flat, up)
-            result, low_between = _lowered(gates, ups, activation, down, ctx.block)
+            # No view, so that whoever gets it may write into it.
+            result = flat.new_empty(*states.shape[:-1], len(down.weight))
+            low_between = _lowered(result.flatten(0, -2), gates, ups, activation, down, ctx.block)
         ctx.activation, ctx.scales, ctx.shape, ctx.dtype = activation, scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
         kept = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
         ctx.save_for_backward(flat, gates, ups, low_gates, low_ups, low_between, *kept)
-        return result.view(*states.shape[:-1], -1)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -143,10 +145,10 @@ def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
 
 
 def _lowered(
-    gates: Tensor, ups: Tensor, activation: Activation, layer: Weights, size: int
-) -> tuple[Tensor, Tensor | None]:
-    """`down(activation(gate) * up)`, and the low-rank states of `down`."""
-    result, low = gates.new_empty(len(gates), len(layer.weight)), None
+    result: Tensor, gates: Tensor, ups: Tensor, activation: Activation, layer: Weights, size: int
+) -> Tensor | None:
+    """`down(activation(gate) * up)` into `result`, `[tokens, hidden]`; gives the low-rank states of `down`."""
+    low = None
     room = LENDER.borrowed(gates, len(gates), min(size, gates.shape[1]))
     for block in _blocks(gates.shape[1], size):
         between = multiplied(activation, gates[:, block], ups[:, block], room)
@@ -161,7 +163,7 @@ def _lowered(
         result += layer.bias
     if low is not None and layer.up is not None:
         add_product(result, low, upright(layer.up), layer.scale)
-    return result, low
+    return low
 
 
 class _Gradients:

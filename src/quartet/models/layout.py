@@ -58,12 +58,19 @@ class Places:
         apply: Callable[..., Tensor] = _Shortened.apply
         return apply(rows, self)
 
+    def shortened(self, gradient: Tensor) -> Tensor:
+        """The gradient of what `lengthen` was given, by that of what it gave."""
+        short = gradient.index_select(0, self.in_long)
+        short[len(short) - self.filler :] = 0
+        return short
+
     def lengthen(self, rows: Tensor) -> Tensor:
         """`[short + filler, ...]` to `[long, ...]`, zeros where the short tensor has no row."""
         apply: Callable[..., Tensor] = _Lengthened.apply
         return apply(rows, self)
 
-    def _lengthened(self, rows: Tensor) -> Tensor:
+    def lengthened(self, rows: Tensor) -> Tensor:
+        """The same without a gradient; that of what `shorten` was given, by that of what it gave."""
         return rows.index_select(0, self.in_short).index_fill_(0, self.missing, 0.0)
 
 
@@ -78,22 +85,19 @@ class _Shortened(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.places._lengthened(gradient), None
+        return ctx.places.lengthened(gradient), None
 
 
 class _Lengthened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Places) -> Tensor:
         ctx.places = places
-        return places._lengthened(rows)
+        return places.lengthened(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        places = ctx.places
-        short = gradient.index_select(0, places.in_long)
-        short[len(short) - places.filler :] = 0
-        return short, None
+        return ctx.places.shortened(gradient), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     trained = IN_PLACE.takes(weight)
     ours = states.dtype == torch.float32 and states.dim() > 1 and (has_onednn(weight) or has_kernels(weight))
     if trained or (ours and not torch.is_autocast_enabled("cpu")):
-        apply: Callable[..., Tensor] = _Linear.apply
+        apply: Callable[..., Tensor] = LinearPass.apply
         return apply(states, weight, bias)
     return nn.functional.linear(states, weight, bias)
 
@@ -198,11 +198,11 @@ def lora_linear(states: Tensor, weight: Tensor, bias: Tensor | None, down: Tenso
         up: B, `[out, r]`.
         scale: s.
     """
-    apply: Callable[..., Tensor] = _Lora.apply
+    apply: Callable[..., Tensor] = LoraPass.apply
     return apply(states, weight, bias, down, up, scale)
 
 
-class _Linear(torch.autograd.Function):
+class LinearPass(torch.autograd.Function):
     """A linear layer; the gradient of the weight is left to torch, which takes MKL in float32: as fast there."""
 
     @staticmethod
@@ -220,13 +220,16 @@ class _Linear(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         by_states = by_transposed(gradient, weight).to(ctx.states_dtype) if ctx.needs_input_grad[0] else None
         flat = gradient.flatten(0, -2)
-        by_weight = (
-            IN_PLACE.add_product(ctx.weight, flat.t(), states.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        )
-        return by_states, by_weight, flat.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        by_weight, by_bias = None, None
+        if ctx.needs_input_grad[1]:
+            by_weight = IN_PLACE.add_product(ctx.weight, flat.t(), states.flatten(0, -2))
+        if ctx.needs_input_grad[2]:
+            kernels.caught_up()
+            by_bias = flat.sum(0).to(ctx.bias_dtype)
+        return by_states, by_weight, by_bias
 
 
-class _Lora(torch.autograd.Function):
+class LoraPass(torch.autograd.Function):
     """A frozen linear layer with an adapter. Saves its input and the low-rank states only."""
 
     @staticmethod

@@ -123,6 +123,7 @@ class Projections(torch.autograd.Function):
                 if needs[0]:
                     found[start] = IN_PLACE.add_product(weight, gradient.t(), flat)
                 if needs[1]:
+                    kernels.caught_up()
                     found[start + 1] = gradient.sum(0).to(bias.dtype)
                 if by_low is None or layer.down is None or layer.up is None:
                     continue

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from quartet import kernels
 from quartet.models.as_in_training import computes_as_in_training
+from quartet.models.known import own_class
 from quartet.models.precision import on_cpu
 
 NAME, HALVES = "apply_rotary_pos_emb", "rotate_half"
@@ -34,7 +35,7 @@ def turning_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     names = {**known, NAME: _turn_in_place_of(known[NAME])}
     own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__, own.__annotations__ = forward.__kwdefaults__, forward.__annotations__
-    return type(kind.__name__, (kind,), {"forward": own, "__module__": __name__})
+    return own_class(kind, own)
 
 
 def turns_halves(kind: type[nn.Module]) -> bool:
@@ -59,13 +60,13 @@ def _turn_in_place_of(library: Turn) -> Turn:
         fits = not args and not kwargs and computes_as_in_training() and on_cpu(q)
         if not fits or not all(kernels.rotary_fits(states, cos, sin) for states in (q, k)):
             return library(q, k, cos, sin, *args, **kwargs)
-        apply: Turn = _Turned.apply
+        apply: Turn = Turned.apply
         return apply(q, k, cos, sin)
 
     return turn
 
 
-class _Turned(torch.autograd.Function):
+class Turned(torch.autograd.Function):
     """Queries and keys in their own dtype: from bfloat16 the library goes to the angles' float32, which the attention under
     autocast rounds to the same numbers."""
 

@@ -2,126 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.modules.module as global_hooks
-import transformers
 from torch import Tensor, nn
 
 from quartet import kernels
 from quartet.models.attention import NAME
-from quartet.models.fused import GATED, RMS_NORM, library_kind
 from quartet.models.gated import is_silu
+from quartet.models.known import ATTENTION, LAYER, MLP, NORM, NORMED_ATTENTION, TRANSFORMER, library_kind
 from quartet.models.linears import is_replaced
 from quartet.models.precision import on_cpu
 from quartet.models.rotary import turns_halves
 from quartet.rollout.linears import linear_of
 from quartet.rollout.static_cache import Pattern, RowCache
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What a forward says, line by line, and all that it takes from its module."""
-
-    lines: tuple[str, ...]
-    names: frozenset[str]
-    mentions: tuple[tuple[str, int], ...] = ()
-    """How often it mentions what it computes: once more, and it does more to it than the lines say."""
-
-    def describes(self, module: Any) -> bool:
-        """Whether the source of a module's forward says so, and it is what a call runs."""
-        source = _source(getattr(library_kind(type(module)), "forward", None))
-        lines = bool(source) and all(line in source for line in self.lines)
-        often = all(len(re.findall(rf"\b{word}\b", source)) == times for word, times in self.mentions)
-        return lines and often and self.names.issuperset(SELF.findall(source)) and not is_replaced(module)
-
-
-@cache
-def _source(forward: Any) -> str:
-    """The source of a forward without comments; none where another library's function stands around it."""
-    try:
-        inner = inspect.unwrap(forward, stop=lambda one: not _is_librarys(one))
-        return re.sub(r" *#.*", "", inspect.getsource(inner)) if _is_librarys(inner) else ""
-    except (AttributeError, OSError, TypeError):
-        return ""
-
-
-def _is_librarys(function: Any) -> bool:
-    """Whether a function was written in transformers: what stands around another takes its name and module along."""
-    return Path(function.__code__.co_filename).is_relative_to(TRANSFORMERS)
-
-
-TRANSFORMERS = Path(transformers.__file__).resolve().parent
-SELF = re.compile(r"\bself\.(\w+)")
-TRANSFORMER = _Known(
-    (
-        " = self.embed_tokens(input_ids)\n",
-        "hidden_states = inputs_embeds\n",
-        "position_embeddings = self.rotary_emb(hidden_states, position_ids",
-        "self.layers[: self.config.num_hidden_layers]",
-        "hidden_states = self.norm(hidden_states)\n",
-    ),
-    frozenset(("embed_tokens", "rotary_emb", "layers", "norm", "config", "has_sliding_layers")),
-    (("hidden_states", 7), ("position_embeddings", 3)),
-)
-"""The forward of a transformer; then those of its parts."""
-LAYER = _Known(
-    (
-        "residual = hidden_states\n",
-        "hidden_states = self.input_layernorm(hidden_states)\n",
-        "hidden_states, _ = self.self_attn(\n",
-        "hidden_states = residual + hidden_states\n",
-        "hidden_states = self.post_attention_layernorm(hidden_states)\n",
-        "hidden_states = self.mlp(hidden_states)\n",
-    ),
-    frozenset(("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")),
-    (("hidden_states", 17), ("residual", 4)),
-)
-_ATTENTION = (
-    "hidden_shape = (*input_shape, -1, self.head_dim)\n",
-    "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
-    "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n",
-    "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)\n",
-    "dropout=0.0 if not self.training else self.attention_dropout,\n",
-    "scaling=self.scaling,\n",
-    "attn_output = self.o_proj(attn_output)\n",
-)
-_OF_ATTENTION = frozenset(
-    (
-        *("head_dim", "layer_idx", "config", "training", "attention_dropout", "scaling", "sliding_window"),
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-    )
-)
-_STATES = (
-    *(("query_states", 4), ("key_states", 6), ("value_states", 4), ("attn_output", 6), ("cos", 2), ("sin", 2)),
-    *(("hidden_states", 5), ("position_embeddings", 2)),
-)
-ATTENTION = _Known(
-    (
-        *_ATTENTION,
-        "query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
-        "key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)\n",
-    ),
-    _OF_ATTENTION,
-    _STATES,
-)
-NORMED_ATTENTION = _Known(
-    (
-        *_ATTENTION,
-        "query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)\n",
-        "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)\n",
-    ),
-    _OF_ATTENTION | {"q_norm", "k_norm"},
-    _STATES,
-)
-MLP = _Known((GATED,), frozenset(("gate_proj", "up_proj", "down_proj", "act_fn")))
-NORM = _Known(RMS_NORM, frozenset(("weight", "variance_epsilon")))
 
 ATTENTIONS = frozenset((NAME, "sdpa", "eager"))
 """Implementations of attention, all of which compute the same."""

@@ -1,0 +1,132 @@
+"""Decoder layers that are known well enough to be computed in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.modules.module as global_hooks
+from torch import Tensor, nn
+
+from quartet import kernels
+from quartet.models.as_in_training import computes_as_in_training
+from quartet.models.attention import NAME
+from quartet.models.gated import is_silu
+from quartet.models.gated_mlp import by_kernels, in_one_pass
+from quartet.models.known import ATTENTION, LAYER, MLP, NORM, NORMED_ATTENTION, library_kind, own_class
+from quartet.models.layer_pass import LayerPass, Rest
+from quartet.models.layout import PackedLayout, packed_now
+from quartet.models.linears import Weights, is_replaced, weights_of
+from quartet.models.products import computed_in
+from quartet.models.rotary import turns_halves
+
+PLACES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+"""Linear layers of an attention and of an MLP."""
+IGNORED = frozenset(("position_ids", "use_cache", "cache_position"))
+"""What a layer is given that changes nothing where there is no cache."""
+
+
+def layer_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that stands in for that of a decoder layer; None where the layer is not known."""
+    if not LAYER.fits(kind):
+        return None
+    library: Callable[..., Tensor] = kind.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        taken = None if args else _taken_apart(self, hidden_states, **kwargs)
+        if taken is None:
+            return library(self, hidden_states, *args, **kwargs)
+        apply: Callable[..., Tensor] = LayerPass.apply
+        return apply(hidden_states, *kwargs["position_embeddings"], *taken)
+
+    return own_class(kind, forward)
+
+
+def _taken_apart(
+    layer: Any,
+    states: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...] | None:
+    """The arguments of the pass after states and angles; None where the parts have to be called."""
+    packed = packed_now()
+    if packed is None or not computes_as_in_training() or not IGNORED.issuperset(kwargs) or _somebody_waits():
+        return None
+    if attention_mask is not None or past_key_values is not None or position_embeddings is None:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = _known(attention.__class__, mlp.__class__)
+    if normed is None or attention.config._attn_implementation != NAME or not attention.is_causal:
+        return None
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if normed else []
+    if not all(map(_is_called_plainly, (attention, mlp, *norms))) or not all(map(NORM.describes, norms)):
+        return None
+    parts = [getattr(at, name) for at, names in zip((attention, mlp), PLACES, strict=True) for name in names]
+    linears = [found for found in map(weights_of, parts) if found is not None]
+    if len(linears) < len(parts) or not in_one_pass(states, linears):
+        return None
+    if attention.training and attention.attention_dropout:
+        return None
+    if not _fits(states, attention, linears, [norm.weight for norm in norms], position_embeddings, packed):
+        return None
+    rest = Rest(
+        normed=normed,
+        eps=tuple(norm.variance_epsilon for norm in norms),
+        size=attention.head_dim,
+        scaling=attention.scaling,
+        scales=[weights.scale for weights in linears],
+        activation=mlp.act_fn,
+        bounds=packed.bounds,
+        longest=packed.length,
+        read=packed.read if mlp.is_last else None,
+        by_kernels=computed_in(states) == torch.float32 and is_silu(mlp.act_fn) and by_kernels(linears),
+        kept=torch.is_grad_enabled(),
+    )
+    tensors = [tensor for weights in linears for tensor in (weights.weight, weights.bias, weights.down, weights.up)]
+    return rest, *(norm.weight for norm in norms), *tensors
+
+
+@cache
+def _known(attention: type[nn.Module], mlp: type[nn.Module]) -> bool | None:
+    """Whether queries and keys have norms; None where the parts of a layer are not known."""
+    normed = NORMED_ATTENTION.fits(attention)
+    known = (normed or ATTENTION.fits(attention)) and turns_halves(library_kind(attention)) and MLP.fits(mlp)
+    return normed if known and hasattr(mlp, "is_last") else None
+
+
+def _is_called_plainly(module: nn.Module) -> bool:
+    """Whether nobody waits for the call of a module, or has replaced it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and not is_replaced(module)
+
+
+def _somebody_waits() -> bool:
+    """Whether something waits for the call of any module."""
+    forward = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    return bool(forward or global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
+
+
+def _fits(
+    states: Tensor,
+    attention: Any,
+    linears: Sequence[Weights],
+    norms: Sequence[Tensor],
+    angles: tuple[Tensor, Tensor],
+    packed: PackedLayout,
+) -> bool:
+    """Whether there are kernels for norms, rotary embedding and attention."""
+    of_layer, of_head = norms[:2], norms[2:]
+    if len(states) != 1 or not all(kernels.norms(states, weight) for weight in of_layer):
+        return False
+    head = states.new_empty(attention.head_dim, dtype=computed_in(states))
+    query, key = (head.expand(1, len(at.weight) // attention.head_dim, states.shape[1], -1) for at in linears[:2])
+    return (
+        all(kernels.norms(head, weight) for weight in of_head)
+        and kernels.rotary_fits(query, *angles)
+        and kernels.attention_fits(query, key, key, packed.length)
+    )
