@@ -1,7 +1,7 @@
 """A whole decoder layer in one pass: norms, attention, gated MLP and what goes around them.
 
 It computes what the passes of its parts compute one by one, number for number. Autograd and the library's code around them take
-their time once a layer, and where kernels multiply all kernels of a layer are one call.
+their time once a layer, and where kernels multiply all kernels of a layer are two calls, up to its MLP and from there on.
 """
 
 from __future__ import annotations
