@@ -1,7 +1,9 @@
 """What the time of an update goes to: torch's profile of one epoch, its operations put together by kind.
 
 Each case is a process of its own, in which an iteration is run before the one that is profiled. Passes come one after the
-other, so that times add up. `rest` is what no operation accounts for: Python, autograd, and the profiler itself.
+other, so that times add up. `compiled` is the part of an update without the profiler that calls of compiled kernels take,
+products in float32 among them where kernels multiply. Then the profile: `rest` is what no operation accounts for: Python,
+autograd, and the profiler itself.
 
 usage: python benchmarks/profile_update.py [--quick] [--json FILE] [--only TEXT ...]
 """
@@ -39,7 +41,10 @@ KINDS = {
     ],
     "copies, conversions": _COPIES.split(),
     "optimizer": ["_fused_adamw", "_foreach_mul", "_foreach_norm"],
-    "kernels": ["GatedMLP", "_RMSNorm", "_Turned", "_Causal", "decode", "few_rows", "draw"],
+    "kernels": [
+        *("LayerPass", "GatedMLP", "Projections", "LoraPass", "LinearPass", "_RMSNorm", "Turned", "Causal"),
+        *("_LinearLogprobs", "_FrozenLogprobs"),
+    ],
 }
 """Kinds of operations, by name without namespace and without what marks one that writes in place or a gradient."""
 CASES = {
@@ -83,8 +88,8 @@ def main() -> None:
     for early in (False, True):
         make_models(options, sorted({size for size, _, _, of in chosen.values() if of is early}), early=early)
     print(heading({"quartet": own_versions()}, options.threads))
-    print("| update, one epoch | seconds | " + " | ".join([*KINDS, "rest"]) + " |")
-    print("|---|---|" + "---|" * (len(KINDS) + 1))
+    print("| update, one epoch | seconds | compiled | profiled, seconds | " + " | ".join([*KINDS, "rest"]) + " |")
+    print("|---|---|---|---|" + "---|" * (len(KINDS) + 1))
     rows = []
     for name, (size, plan, dtype, early) in chosen.items():
         arguments = ["--root", str(options.models / size), "--plan", plan, "--dtype", dtype, "--parallel", "false"]
@@ -93,7 +98,9 @@ def main() -> None:
         found = run_worker(sys.executable, "quartet_worker.py", arguments, options.threads)["iterations"][-1]["profile"]
         rows.append({"name": name, "shares": shares(found), **found})
         cells = " | ".join(f"{share:.0%}" for share in rows[-1]["shares"].values())
-        print(f"| {name} | {found['seconds']:.2f} | {cells} |", flush=True)
+        plain = found["plain"]
+        compiled = sum(plain["kernels"].values()) / plain["seconds"]
+        print(f"| {name} | {plain['seconds']:.2f} | {compiled:.0%} | {found['seconds']:.2f} | {cells} |", flush=True)
     write_json(
         options.json, {"machine": machine(), "versions": own_versions(), "threads": options.threads, "rows": rows}
     )

@@ -10,8 +10,10 @@ import argparse
 import gc
 import logging
 import os
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,17 +97,47 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
     )
 
 
+def in_kernels(run: Callable[[], object]) -> dict[str, Any]:
+    """Run; seconds of the block, and of all calls of each compiled kernel."""
+    from quartet.kernels import library
+
+    found: dict[str, float] = defaultdict(float)
+
+    def timed(name: str) -> Callable[..., None] | None:
+        function = library.kernel(name)
+
+        def call(*given: Any) -> None:
+            assert function is not None
+            start = time.perf_counter()
+            function(*given)
+            found[name] += time.perf_counter() - start
+
+        return None if function is None else call
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("quartet.kernels.")]
+    users = [module for module in modules if module is not library and hasattr(module, "kernel")]
+    for module in users:
+        module.kernel = timed
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    for module in users:
+        module.kernel = library.kernel
+    return {"seconds": seconds, "kernels": dict(found)}
+
+
 def profiled(wanted: bool, run: Callable[[], object]) -> dict[str, Any]:
-    """Run; seconds of the block and of each operation by itself, where that is wanted."""
+    """Run; twice where that is wanted, for the seconds of compiled kernels and those of each operation by itself."""
     if not wanted:
         run()
         return {}
+    plain = in_kernels(run)
     start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run()
         seconds = time.perf_counter() - start
     operations = {entry.key: entry.self_cpu_time_total / 1e6 for entry in found.key_averages()}
-    return {"profile": {"seconds": seconds, "operations": operations}}
+    return {"profile": {"seconds": seconds, "operations": operations, "plain": plain}}
 
 
 def iteration(session: Session, updater: Updater, probe: Probe, *, profile_update: bool) -> dict[str, Any]:
