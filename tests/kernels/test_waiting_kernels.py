@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -182,6 +184,36 @@ def test_in_a_plan_nothing_is_computed() -> None:
         out = torch.empty(8, 8)
         assert kernels.multiply(out, Term(out.clone(), out.clone()))
         assert kernels.silu_product(out, out, out)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: kernels.multiply(torch.empty(16, 16), Term(x[0], x[0].t())),
+        lambda x: kernels.add(torch.empty(1, 16, 32), x),
+        lambda x: kernels.silu_product(x[0], x[0], torch.empty(16, 32)),
+        lambda x: kernels.silu_gradient(*(x[0] for _ in range(3)), torch.empty(16, 32), torch.empty(16, 32), None),
+        lambda x: kernels.rms_norm(x, torch.empty(32), 1e-6),
+        lambda x: kernels.rms_norm_gradient(x, x, torch.empty(32), torch.empty(1, 16, 1), of_weight=True),
+        lambda x: kernels.rotary(x[None], torch.empty(1, 16, 32), torch.empty(1, 16, 32), back=False),
+        lambda x: kernels.attention(x[None], x[None], x[None], torch.empty(2, dtype=torch.int64), 16, 0.2),
+        lambda x: kernels.attention_gradient(
+            *(x[None] for _ in range(3)), x[:, :, None], x[:, :, None], torch.empty(2, dtype=torch.int64), 16, 0.2
+        ),
+    ],
+)
+def test_in_a_plan_what_would_wait_is_held(call: Callable[[Tensor], Any]) -> None:
+    """Its memory counts until the kernels would be called."""
+    with FakeTensorMode(), kernels.together(True):
+        given = torch.empty(1, 16, 32)
+        memory = weakref.ref(given.untyped_storage())
+        assert call(given) is not False
+        del given
+        gc.collect()
+        assert memory() is not None
+        kernels.caught_up()
+        gc.collect()
+        assert memory() is None
 
 
 def tensors(out: int, features: int, *, bias: bool, adapter: bool, trained: bool) -> list[Tensor | None]:

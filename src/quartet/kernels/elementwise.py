@@ -75,9 +75,10 @@ def add(sums: Tensor, states: Tensor) -> bool:
         return False
     if are_real(*tensors):
         columns = max(sums.shape[-1], 1)
-        call(
-            name, (*(t.data_ptr() for t in tensors), sums.numel() // columns, columns, torch.get_num_threads()), tensors
-        )
+        numbers = (sums.numel() // columns, columns, torch.get_num_threads())
+        call(name, (*(t.data_ptr() for t in tensors), *numbers), tensors)
+    else:
+        keep(tensors)
     increment_version(sums)
     return True
 
