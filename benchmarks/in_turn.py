@@ -8,7 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
+
+from harness import chosen_cases, heading, machine, make_models, own_versions, parser, run_worker, write_json
 
 
 def seconds_in_turn(
@@ -64,3 +67,63 @@ def worker(ways: tuple[str, str], switch: Callable[[Any, str], None]) -> None:
     options = parse()
     options.pairs = pairs
     write_result(options.out, seconds_in_turn(options, ways, switch))
+
+
+class Case(NamedTuple):
+    """What an update is measured on."""
+
+    size: str
+    plan: str
+    dtype: str
+    early: bool
+    """Responses that end after 5 to 60 tokens, in place of running to the limit."""
+
+
+def compare(
+    script: str,
+    doc: str | None,
+    cases: dict[str, Case],
+    ways: tuple[str, str],
+    pairs: int,
+    counted: dict[str, str] | None = None,
+) -> None:
+    """Measure every case in a process of its own, and print the medians of both ways and of their ratio.
+
+    Args:
+        script: the file that calls this, which is the worker too.
+        ways: their names, also in the table.
+        pairs: at size S; fewer at M and with `--quick`.
+        counted: further columns: what is counted, by its heading.
+    """
+    options, counted = parser(doc).parse_args(), counted or {}
+    chosen = chosen_cases(options, cases)
+    for early in sorted({case.early for case in chosen.values()}):
+        make_models(options, sorted({case.size for case in chosen.values() if case.early is early}), early=early)
+    versions = {"quartet": own_versions()}
+    print(heading(versions, options.threads))
+    columns = ["one epoch", *counted, "pairs", f"seconds, {ways[0]}", ways[1], "ratio of a pair (median)"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    results = {}
+    for name, case in chosen.items():
+        arguments = [
+            "--root",
+            str(options.models / case.size),
+            "--plan",
+            case.plan,
+            "--dtype",
+            case.dtype,
+            "--epochs",
+            "1",
+        ]
+        arguments += ["--policy", "policy-early", "--stop", "eos"] if case.early else ["--stop", "none"]
+        some = 3 if options.quick or case.size == "M" else pairs
+        found = run_worker(sys.executable, Path(script).name, [*arguments, str(some)], options.threads)
+        first, second = (found["seconds"][way] for way in ways)
+        results[name] = {**found, "ratio": median(b / a for a, b in zip(first, second, strict=True))}
+        cells = [name, *(str(found[key]) for key in counted.values()), str(len(first))]
+        cells += [f"{number:.2f}" for number in (median(first), median(second), results[name]["ratio"])]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    write_json(
+        options.json,
+        {"machine": machine(), "versions": versions, "threads": options.threads, "seed": 7, "cases": results},
+    )

@@ -18,7 +18,7 @@ from quartet.models.gated_mlp import by_kernels, in_one_pass
 from quartet.models.known import ATTENTION, LAYER, MLP, NORM, NORMED_ATTENTION, library_kind, own_class
 from quartet.models.layer_pass import LayerPass, Rest
 from quartet.models.layout import PackedLayout, packed_now
-from quartet.models.linears import Weights, is_replaced, weights_of
+from quartet.models.linears import Weights, is_hooked, is_replaced, weights_of
 from quartet.models.products import computed_in
 from quartet.models.rotary import turns_halves
 
@@ -64,7 +64,9 @@ def _taken_apart(
         return None
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention.q_norm, attention.k_norm] if normed else []
-    if not all(map(_is_called_plainly, (attention, mlp, *norms))) or not all(map(NORM.describes, norms)):
+    if any(is_hooked(part) or is_replaced(part) for part in (attention, mlp, *norms)):
+        return None
+    if not all(map(NORM.describes, norms)):
         return None
     parts = [getattr(at, name) for at, names in zip((attention, mlp), PLACES, strict=True) for name in names]
     linears = [found for found in map(weights_of, parts) if found is not None]
@@ -97,12 +99,6 @@ def _known(attention: type[nn.Module], mlp: type[nn.Module]) -> bool | None:
     normed = NORMED_ATTENTION.fits(attention)
     known = (normed or ATTENTION.fits(attention)) and turns_halves(library_kind(attention)) and MLP.fits(mlp)
     return normed if known and hasattr(mlp, "is_last") else None
-
-
-def _is_called_plainly(module: nn.Module) -> bool:
-    """Whether nobody waits for the call of a module, or has replaced it."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and not is_replaced(module)
 
 
 def _somebody_waits() -> bool:

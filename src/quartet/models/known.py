@@ -43,10 +43,16 @@ class Known:
 
     def fits(self, kind: type[Any]) -> bool:
         """Whether the source of the forward of a class says so, or that of the class for which it stands in."""
-        source = _source(getattr(library_kind(kind), "forward", None))
-        lines = bool(source) and all(line in source for line in self.lines)
-        often = all(len(re.findall(rf"\b{word}\b", source)) == times for word, times in self.mentions)
-        return lines and often and self.names.issuperset(SELF.findall(source))
+        return _says(self, getattr(library_kind(kind), "forward", None))
+
+
+@cache
+def _says(known: Known, forward: Any) -> bool:
+    """Whether a forward is what is known: asked for at every pass of a layer."""
+    source = _source(forward)
+    lines = bool(source) and all(line in source for line in known.lines)
+    often = all(len(re.findall(rf"\b{word}\b", source)) == times for word, times in known.mentions)
+    return lines and often and known.names.issuperset(SELF.findall(source))
 
 
 @cache

@@ -63,6 +63,12 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for the call of this module, or for a gradient that comes to it."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _change(module: nn.Module, kind: type[nn.Module]) -> None:
     """Another forward for the same parameters; copies of the module take it along."""
     module.__class__ = kind
@@ -82,11 +88,7 @@ class Weights:
 def weights_of(layer: nn.Module) -> Weights | None:
     """The tensors of a linear layer, for those who compute for it; None where it has to be called, because its kind has more to
     it or a hook waits for the call."""
-    if not isinstance(layer, FastLinear | FastLoraLinear):
-        return None
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return None
-    return layer.taken_apart()
+    return layer.taken_apart() if isinstance(layer, FastLinear | FastLoraLinear) and not is_hooked(layer) else None
 
 
 class Ready(threading.local):
