@@ -49,7 +49,8 @@ TARGET INLINE void SUITED(copied)(const int side, const float *from, float scale
 }
 
 /* Panels of `side` places for each of some lines' numbers, `deep` from one number to the next panel's: out[i * deep + k * side + n] =
- * scale from[(i + n) * line + k * step], zeros after the last line. */
+ * scale from[(i + n) * line + k * step], zeros after the last line. Asks for what comes next meanwhile: lines are too short, and too
+ * many, for a processor to see where they lead. */
 TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, long step, long count, long width, float scale,
                                   float *out, long deep) {
     long i = 0;
@@ -58,7 +59,10 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
         for (long k = 0; k < width; k += AT_ONCE) {
             const long end = k + AT_ONCE < width ? k + AT_ONCE : width;
             for (i = 0; i < whole; i += side)
-                for (long m = k; m < end; m++) SUITED(copied)(side, from + m * step + i, scale, out + i * deep + m * side);
+                for (long m = k; m < end; m++) {
+                    __builtin_prefetch(from + (m + AT_ONCE) * step + i, 0, 3);
+                    SUITED(copied)(side, from + m * step + i, scale, out + i * deep + m * side);
+                }
         }
         i = whole;
     }
@@ -71,6 +75,8 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
             for (; k + 4 <= width; k += LINE) { /* whole cache lines, of few rows at once for the same reason */
                 const long end = k + LINE < width ? k + LINE : width;
                 int n = 0;
+#pragma GCC unroll 16
+                for (int r = 0; r < side; r++) __builtin_prefetch(lines + (r + side) * line + k, 0, 3);
 #pragma GCC unroll 8
                 for (; n + 4 <= side; n += 4)
                     for (long m = k; m + 4 <= end; m += 4) SUITED(turn)(lines + n * line + m, line, scale, to + m * side + n, side);
@@ -103,9 +109,10 @@ TARGET INLINE void SUITED(packed)(const int side, int left, int scaled, const pr
     }
 }
 
-/* Up to TILE rows of `out` and up to two vectors of its columns; `b_row` numbers from one row of these vectors to the next. */
+/* Up to TILE rows of `out` and up to two vectors of its columns; `b_row` numbers from one row of these vectors to the next. Asks for
+ * what lies `ahead` of them, unless 0, meanwhile. */
 TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long b_row, long width,
-                                  float *out, long out_row, long columns, int add) {
+                                  float *out, long out_row, long columns, int add, const long ahead) {
     SUITED(lanes) sum[2 * TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < 2 * rows; i++) sum[i] = (SUITED(lanes)){0};
@@ -114,6 +121,7 @@ TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, lo
     const float *second = a + (rows > 4 ? 4 : 0) * a_row, *third = a + (rows > 8 ? 8 : 0) * a_row;
 #pragma GCC unroll 4
     for (long k = 0; k < width; k++) {
+        if (ahead) __builtin_prefetch(b + k * b_row + ahead, 0, 3);
         const SUITED(lanes) left = SUITED(load_f32)(b + k * b_row), right = SUITED(load_f32)(b + k * b_row + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
@@ -141,19 +149,19 @@ TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, lo
 /* All tiles of rows that are packed (a_row 1, a_step TILE), or read where they are (a_step 1), and of columns that are packed (b_row
  * 2 LANES, `b_column` the width), or read where they are (b_column 1). */
 TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a_tile, const float *b, long b_row, long b_column,
-                                 long rows, long columns, long width, float *out, long out_row, int add) {
+                                 long rows, long columns, long width, float *out, long out_row, int add, const long ahead) {
     for (long j = 0; j < columns; j += 2 * LANES) {
         const long across = columns - j < 2 * LANES ? columns - j : 2 * LANES;
         const float *panel = b + j * b_column;
         float *o = out + j;
         long i = 0;
         for (; i + TILE <= rows; i += TILE)
-            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
         const float *last = a + i / TILE * a_tile;
         for (; i + 4 <= rows; i += 4, last += 4 * a_row)
-            SUITED(corner)(4, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(4, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
         for (; i < rows; i++, last += a_row)
-            SUITED(corner)(1, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add);
+            SUITED(corner)(1, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
     }
 }
 
@@ -181,14 +189,15 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
                 const int more = n || p->add || p->bias;
                 if (direct) {
                     const float *a = t->a + i * t->a_row + start;
-                    SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more);
+                    SUITED(tiled)(a, t->a_row, 1, TILE * t->a_row, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more, 0);
                     continue;
                 }
                 SUITED(packed)(TILE, 1, 1, p, i, rows, start, width, own_a);
                 if (upright)
-                    SUITED(tiled)(own_a, 1, TILE, TILE * width, t->b + start * t->b_row + j, t->b_row, 1, rows, columns, width, out, p->out_row, more);
+                    SUITED(tiled)(own_a, 1, TILE, TILE * width, t->b + start * t->b_row + j, t->b_row, 1, rows, columns, width, out, p->out_row, more,
+                                  4 * LANES); /* two tiles on */
                 else
-                    SUITED(tiled)(own_a, 1, TILE, TILE * width, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more);
+                    SUITED(tiled)(own_a, 1, TILE, TILE * width, own_b, 2 * LANES, width, rows, columns, width, out, p->out_row, more, 0);
             }
         }
     }
