@@ -97,7 +97,7 @@ def fit(*tensors: Tensor) -> bool:
 
 def are_real(*tensors: Tensor) -> bool:
     """Whether these tensors hold numbers: none only stands for one in a plan of memory."""
-    return all(type(t) is not FakeTensor for t in tensors)
+    return FakeTensor not in map(type, tensors)
 
 
 @cache

@@ -84,10 +84,11 @@ def _multiplied(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: 
     rows, columns = out.shape
     tensors, width = [out], 0
     for left, right, _ in terms:
-        if left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
+        depth, across = right.shape
+        if left.shape != (rows, depth) or across != columns:
             return False
         tensors += (left, right)
-        width += left.shape[1]
+        width += depth
     if bias is not None:
         if bias.shape != (columns,):
             return False

@@ -52,8 +52,8 @@ class AdapterSwitch:
             raise AssertionError(f"no adapter {adapter!r} on this backbone")
         self.active = adapter
         for layer in self._layers:
-            layer._disable_adapters = adapter is None
-            layer._active_adapter = [] if adapter is None else [adapter]
+            # Plain attributes, set for every layer at every pass; a module's own way looks among its parameters first.
+            vars(layer).update(_disable_adapters=adapter is None, _active_adapter=[] if adapter is None else [adapter])
 
 
 def attach_fresh(model: nn.Module, name: str, lora: LoraConfig, *, seed: int) -> None:

@@ -16,7 +16,7 @@ from quartet.models.gated import Activation, gated_down, is_silu, multiplied, wi
 from quartet.models.gradients import IN_PLACE
 from quartet.models.lending import LENDER
 from quartet.models.linears import Weights, weights_of
-from quartet.models.low_rank import add_low_rank, by_low_rank, low_rank_gradients, upright
+from quartet.models.low_rank import add_low_rank, by_low_rank, low_rank_gradients, transposed
 from quartet.models.precision import on_cpu
 from quartet.models.products import add_product, computed_in, has_kernels, has_onednn, product, product_into, sum_into
 
@@ -86,7 +86,7 @@ class GatedMLP(torch.autograd.Function):
             gates, low_gates = _raised(flat, gate)
             ups, low_ups = _raised(flat, up)
             # No view, so that whoever gets it may write into it.
-            result = flat.new_empty(*states.shape[:-1], len(down.weight))
+            result = flat.new_empty(*states.shape[:-1], down.weight.shape[0])
             low_between = _lowered(result.flatten(0, -2), gates, ups, activation, down, ctx.block)
         ctx.activation, ctx.scales, ctx.shape, ctx.dtype = activation, scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
@@ -130,7 +130,7 @@ def _blocks(features: int, size: int) -> Iterator[slice]:
 
 def _raised(states: Tensor, layer: Weights) -> tuple[Tensor, Tensor | None]:
     """What a layer gives, `[tokens, intermediate]` in borrowed memory, and its low-rank states."""
-    result = LENDER.borrowed(states, len(states), len(layer.weight))
+    result = LENDER.borrowed(states, states.shape[0], layer.weight.shape[0])
     if layer.down is None or layer.up is None:
         return product_into(result, states, layer.weight.t(), layer.bias), None
     if has_kernels(layer.weight):
@@ -149,20 +149,20 @@ def _lowered(
 ) -> Tensor | None:
     """`down(activation(gate) * up)` into `result`, `[tokens, hidden]`; gives the low-rank states of `down`."""
     low = None
-    room = LENDER.borrowed(gates, len(gates), min(size, gates.shape[1]))
+    room = LENDER.borrowed(gates, gates.shape[0], min(size, gates.shape[1]))
     for block in _blocks(gates.shape[1], size):
         between = multiplied(activation, gates[:, block], ups[:, block], room)
         put = add_product if block.start else product_into
         put(result, between, layer.weight[:, block].t())
         if layer.down is not None:
-            low = gates.new_empty(len(gates), len(layer.down)) if low is None else low
-            put(low, between, upright(layer.down[:, block]))
+            low = gates.new_empty(gates.shape[0], layer.down.shape[0]) if low is None else low
+            put(low, between, transposed(layer.down[:, block]))
     LENDER.given_back(room)
     if layer.bias is not None:
         kernels.caught_up()
         result += layer.bias
     if low is not None and layer.up is not None:
-        add_product(result, low, upright(layer.up), layer.scale)
+        add_product(result, low, transposed(layer.up), layer.scale)
     return low
 
 
@@ -205,10 +205,10 @@ class _Gradients:
 def _sum_of(gate: list[Term], up: list[Term], dtype: torch.dtype) -> Tensor:
     """The gradient of what both layers were given; the sum of the two in its own dtype."""
     like, columns = gate[0].left, gate[0].right.shape[1]
-    result = like.new_empty(len(like), columns)
+    result = like.new_empty(like.shape[0], columns)
     if like.dtype == dtype:
         return sum_into(result, *gate, *up)
-    second = sum_into(like.new_empty(len(like), columns), *up)
+    second = sum_into(like.new_empty(like.shape[0], columns), *up)
     return sum_into(result, *gate).to(dtype).add_(second)
 
 
@@ -227,7 +227,7 @@ def _through_activation(
     if by_low is not None and low is not None and layer.down is not None:
         by_lora_down = torch.empty_like(layer.down)
         gradients.found[2:] = by_lora_down, product(low.t(), gradient, layer.scale).t()
-    rooms = [LENDER.borrowed(gates, len(gates), min(size, gates.shape[1])) for _ in range(2)]
+    rooms = [LENDER.borrowed(gates, gates.shape[0], min(size, gates.shape[1])) for _ in range(2)]
     for block in _blocks(gates.shape[1], size):
         gate, up = gates[:, block], ups[:, block]
         by_between, between = (room[:, : gate.shape[1]] for room in rooms)

@@ -165,18 +165,19 @@ class FastLoraLinear(LoraLinear):
             return None
         if self.disable_adapters or not names:
             return Weights(base.weight, base.bias)
-        name = names[0]
+        name, downs = names[0], self.lora_A
         if (
             len(names) > 1
-            or name not in self.lora_A
+            or name not in downs
             or name in self.lora_variant
             or type(self.lora_dropout[name]) is not nn.Identity
-            or self.lora_B[name].bias is not None
         ):
             return None
-        down: Any = self.lora_A[name]
+        down: Any = downs[name]
         up: Any = self.lora_B[name]
-        return Weights(base.weight, base.bias, down.weight, up.weight, self.scaling[name])
+        return (
+            None if up.bias is not None else Weights(base.weight, base.bias, down.weight, up.weight, self.scaling[name])
+        )
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ def _widest_vectors() -> bool:
 
 def is_plain(weight: Tensor) -> bool:
     """Not quantized or sharded, which only looks like a tensor."""
-    return not is_traceable_wrapper_subclass(weight)
+    return type(weight) in (nn.Parameter, Tensor) or not is_traceable_wrapper_subclass(weight)
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -59,7 +59,7 @@ def computed_in(states: Tensor) -> torch.dtype:
 def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """`scale left @ right`, of matrices."""
     if kernels.multiplies() and left.dtype == torch.float32 and on_cpu(left):
-        out = left.new_empty(len(left), right.shape[1])
+        out = left.new_empty(left.shape[0], right.shape[1])
         if kernels.multiply(out, Term(left, right, scale)):
             return out
         del out
@@ -94,7 +94,7 @@ def sum_into(out: Tensor, *terms: Term) -> Tensor:
 def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, no gradient asked."""
     if states.dtype == torch.float32 and has_kernels(weight):
-        result = states.new_empty(*states.shape[:-1], len(weight))
+        result = states.new_empty(*states.shape[:-1], weight.shape[0])
         if kernels.multiply(result.flatten(0, -2), Term(states.flatten(0, -2), weight.t()), bias=bias):
             return result
     if states.dtype == torch.float32 and has_onednn(weight):

@@ -18,7 +18,7 @@ from quartet.models.converted import CONVERTED
 from quartet.models.gated_mlp import by_kernels, in_one_pass
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linears import READY, Weights, weights_of
-from quartet.models.low_rank import upright
+from quartet.models.low_rank import transposed, upright
 from quartet.models.products import (
     by_transposed,
     computed_in,
@@ -93,12 +93,12 @@ class Projections(torch.autograd.Function):
         joined = torch.cat(downs) if downs else None
         results, place = [], 0
         with kernels.together(by_kernels(layers)):
-            low = None if joined is None else product(flat, joined.t() if has_kernels(joined) else upright(joined))
+            low = None if joined is None else product(flat, transposed(joined))
             for layer in layers:
                 part = None
                 if low is not None and layer.down is not None:
-                    part = low[:, place : place + len(layer.down)]
-                    place += len(layer.down)
+                    part = low[:, place : place + layer.down.shape[0]]
+                    place += layer.down.shape[0]
                 results.append(_result(wide, layer, part))
         ctx.scales, ctx.shape, ctx.states_dtype = scales, states.shape, states.dtype
         ctx.given = tensors  # themselves: what is saved may be a copy, in another dtype
@@ -127,9 +127,9 @@ class Projections(torch.autograd.Function):
                     found[start + 1] = gradient.sum(0).to(bias.dtype)
                 if by_low is None or layer.down is None or layer.up is None:
                     continue
-                part = slice(place, place + len(layer.down))
+                part = slice(place, place + layer.down.shape[0])
                 place = part.stop
-                narrow, up_as_read = by_low[:, part], layer.up if has_kernels(layer.up) else upright(layer.up).t()
+                narrow, up_as_read = by_low[:, part], transposed(layer.up).t()
                 if not kernels.multiply(narrow, Term(gradient, up_as_read, layer.scale)):
                     torch.mm(gradient, up_as_read, out=narrow).mul_(layer.scale)
                 if low is not None and needs[3]:
@@ -150,7 +150,7 @@ def _result(states: Tensor, layer: Weights, low: Tensor | None) -> Tensor:
     if low is None or layer.up is None:
         return linear_product(states, layer.weight, layer.bias)
     if has_kernels(layer.weight):
-        result = states.new_empty(*states.shape[:-1], len(layer.weight))
+        result = states.new_empty(*states.shape[:-1], layer.weight.shape[0])
         terms = Term(states.flatten(0, -2), layer.weight.t()), Term(low, layer.up.t(), layer.scale)
         if kernels.multiply(result.flatten(0, -2), *terms, bias=layer.bias):
             return result
@@ -180,7 +180,7 @@ def _by_states(
         terms = [Term(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
         if by_low is not None and joined is not None:
             terms.append(Term(by_low, joined))
-        return sum_into(like.new_empty(len(like), ctx.shape[-1]), *terms).view(ctx.shape)
+        return sum_into(like.new_empty(like.shape[0], ctx.shape[-1]), *terms).view(ctx.shape)
     parts = [by_transposed(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
     if by_low is not None and joined is not None:
         parts.append(product(by_low, joined))
