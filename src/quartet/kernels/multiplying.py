@@ -46,8 +46,8 @@ def multiplies() -> bool:
 def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
 
-    That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.5 to 1.0 of its time, at some narrow matrices up to 1.2
-    (benchmarks/products.py). On Intel's it is at its best, and where vectors are wider oneDNN multiplies.
+    That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.5 to 1.0 of its time, at some narrow
+    matrices up to 1.2 (benchmarks/products.py). On Intel's it is at its best, and where vectors are wider oneDNN multiplies.
     """
     vectors = torch.backends.cpu.get_cpu_capability() == "AVX2" and has_wide_vectors()
     return vectors and not is_intel() and torch.backends.mkl.is_available()
