@@ -26,8 +26,8 @@ from quartet import kernels
 from quartet.kernels import multiplying
 
 TOKENS = 896
-SHAPES = ((256, 256), (2048, 256), (256, 2048), (8192, 256), (16, 256), (256, 16), (16, 2048))
-SHAPES += ((768, 768), (3072, 768), (768, 3072))
+OF_S, OF_M = ((256, 256), (2048, 256), (256, 2048), (8192, 256)), ((768, 768), (3072, 768), (768, 3072))
+SHAPES = (*OF_S, (16, 256), (256, 16), (16, 2048), *OF_M)
 """Out, in: sizes S and M, and adapters of rank 16."""
 LAYER = ((256, 256),) * 4 + ((2048, 256),) * 2 + ((256, 2048),)
 LAYERS, HEAD = 6, (8192, 256)

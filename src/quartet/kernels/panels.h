@@ -72,7 +72,7 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
         float *to = out + i * deep;
         long k = 0;
         if (step == 1 && some == side)
-            for (; k + 4 <= width; k += LINE) { /* whole cache lines, of few rows at once for the same reason */
+            for (; k + 4 <= width; k += LINE) { /* whole cache lines, of few rows at once: AT_ONCE */
                 const long end = k + LINE < width ? k + LINE : width;
                 int n = 0;
 #pragma GCC unroll 16
@@ -110,7 +110,7 @@ TARGET INLINE void SUITED(packed)(const int side, int left, int scaled, const pr
 }
 
 /* Up to TILE rows of `out` and up to two vectors of its columns; `b_row` numbers from one row of these vectors to the next. Asks for
- * what lies `ahead` of them, unless 0, meanwhile. */
+ * the numbers so many places `ahead` in each row of b meanwhile, unless 0. */
 TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long b_row, long width,
                                   float *out, long out_row, long columns, int add, const long ahead) {
     SUITED(lanes) sum[2 * TILE];

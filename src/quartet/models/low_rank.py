@@ -71,7 +71,7 @@ def low_rank_gradients(
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """The transposed matrix of an adapter, as it is fast on the right side of a product."""
+    """The transposed matrix of an adapter, in memory as products with it, or with what it was made of, are fast."""
     return matrix.t() if has_kernels(matrix) else upright(matrix)
 
 

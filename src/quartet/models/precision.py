@@ -88,7 +88,7 @@ def planned_for(kind: str) -> Iterator[None]:
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether what is done with a tensor is done by a CPU, here or in the run that is planned."""
-    return (tensor.is_cpu or tensor.device.type == "cpu") and _planned.kind in (None, "cpu")
+    return tensor.device.type == "cpu" and _planned.kind in (None, "cpu")
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
