@@ -175,9 +175,9 @@ class FastLoraLinear(LoraLinear):
             return None
         down: Any = downs[name]
         up: Any = self.lora_B[name]
-        return (
-            None if up.bias is not None else Weights(base.weight, base.bias, down.weight, up.weight, self.scaling[name])
-        )
+        if up.bias is not None:
+            return None
+        return Weights(base.weight, base.bias, down.weight, up.weight, self.scaling[name])
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
