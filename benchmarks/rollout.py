@@ -6,7 +6,8 @@ that adds it to copies of the weights take turns, after an update, so that the a
 step     milliseconds of one decoding step: what 63 further tokens add to a rollout of one, over 63
 floor    what its arithmetic, or one pass over weights and cache at the rate of copying, takes at the least (`floor.py`)
 gap      mean difference of the log-probabilities to those that training computes, in nats
-profile  torch's, of one rollout, prompts included; `rest` is Python and what only looks at memory in another way
+profile  torch's, of one rollout, prompts included; `kernels` are compiled ones, timed in a rollout of their own, and `rest` is
+         Python and what only looks at memory in another way
 
 usage: python benchmarks/rollout.py [--quick] [--json FILE] [--only TEXT ...]
 """
@@ -17,8 +18,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,35 +87,19 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 "step": (whole - one) / (length - 1),
                 "gap": total / tokens,
             }
-            with kernels_by_name():
-                found[name] |= profiled(True, lambda engine=engine: engine.generate(prompts))
+            found[name] |= profiled(True, lambda engine=engine: engine.generate(prompts))
         return found
 
 
-@contextmanager
-def kernels_by_name() -> Iterator[None]:
-    """Let torch's profiler know compiled kernels, which it does not see otherwise."""
-    from torch.profiler import record_function
+def shares_of(profile: dict[str, Any]) -> dict[str, float]:
+    """Share of each kind of operations in the seconds of a profiled rollout. Calls of compiled kernels, of which torch's
+    profiler sees nothing, have the share that they have without it."""
+    from profile_update import shares
 
-    from quartet.kernels import decoding, drawing
-
-    find = decoding.kernel
-
-    def named(name: str) -> Callable[..., None] | None:
-        function = find(name)
-
-        def call(*given: Any) -> None:
-            assert function is not None
-            with record_function(name.rpartition("_")[0]):
-                function(*given)
-
-        return None if function is None else call
-
-    decoding.kernel = drawing.kernel = named
-    try:
-        yield
-    finally:
-        decoding.kernel = drawing.kernel = find
+    found, plain = shares(profile), profile["plain"]
+    compiled = sum(plain["kernels"].values()) / plain["seconds"]
+    rest = sum(found.pop(kind) for kind in ("kernels", "rest"))
+    return {**found, "kernels": compiled, "rest": rest - compiled}
 
 
 def worker() -> None:
@@ -146,7 +129,7 @@ def step_floor(
 
 def main() -> None:
     """Run the cases; print the table."""
-    from profile_update import KINDS, shares
+    from profile_update import KINDS
 
     options = parser(__doc__).parse_args()
     chosen = chosen_cases(options, CASES)
@@ -166,7 +149,7 @@ def main() -> None:
             if adapter not in found:
                 continue
             one = found[adapter]
-            one |= {"floor": floor, "shares": shares(one["profile"])}
+            one |= {"floor": floor, "shares": shares_of(one["profile"])}
             parts = " | ".join(f"{share:.0%}" for share in one["shares"].values())
             print(
                 f"| {name} | {adapter if plan == 'paired' else ''} | {one['whole']:.2f} | {1000 * one['step']:.1f} | "

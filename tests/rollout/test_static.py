@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,13 @@ from transformers import (
     GPTNeoConfig,
 )
 
+from quartet import kernels
 from quartet.errors import ConfigError
+from quartet.kernels import attending, multiplying
 from quartet.models import attention
 from quartet.models.attention import use_own_attention
+from quartet.models.fused import use_fused_layers
+from quartet.models.linears import use_fast_linears
 from quartet.models.roles import LanguageView
 from quartet.rollout.choose import make_engine
 from quartet.rollout.dynamic import DynamicEngine
@@ -69,6 +74,43 @@ def test_steps_of_grouped_heads_equal_the_librarys(family: str, monkeypatch: pyt
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-6, atol=1e-6)
     assert (9, False) in seen  # a prompt
     assert (1, True) not in seen
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2-window"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_prompts_are_computed_by_the_kernels_of_training(
+    family: str, lora: bool, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they multiply; a layer's product and its adapter's in one go. Tokens are too many for the kernels of few rows."""
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
+    if not kernels.multiplies():
+        pytest.skip("no kernels were compiled")
+    config = FAMILIES[family]()
+    config.hidden_size, config.intermediate_size, config.vocab_size = 64, 96, 100
+    config.head_dim = 16
+    policy, prompts = make_policy(config, lora=lora), make_prompts((44, 39, 41, 28, 43))
+    model = policy.backbone.model
+    expected = full_logprobs(policy, rollout := DynamicEngine(policy, settings()).generate(prompts), 0.8)
+    use_fast_linears(model)
+    use_fused_layers(model)
+    use_own_attention(model)
+    engine = StaticEngine(policy, settings(batch_rows=5), merged=merged)
+    terms, names = Counter[int](), Counter[str]()
+    multiply, find = kernels.multiply, attending.kernel
+    monkeypatch.setattr(
+        kernels, "multiply", lambda out, *given, **how: terms.update([len(given)]) or multiply(out, *given, **how)
+    )
+    monkeypatch.setattr(attending, "kernel", lambda name: names.update([name]) or find(name))
+    found = engine.generate(prompts)
+    assert torch.equal(found.tokens, rollout.tokens)
+    torch.testing.assert_close(found.logprobs, expected, atol=1e-4, rtol=0)
+    apart = lora and not merged
+    assert terms[2] > 0 if apart else set(terms) == {1}
+    assert names["attention_f32"] == (
+        1 if family == "qwen2-window" else 2
+    )  # of two layers, all that look at all tokens
 
 
 @pytest.mark.parametrize("greedy", [True, False])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,11 +13,33 @@ from quartet.rollout.static_cache import Pattern, RowCache, decode_masks
 
 
 def test_prefill_groups_hold_prompts_of_like_length() -> None:
-    assert like_length([]) == []
-    assert like_length([10, 10, 10]) == [3]
-    assert like_length([40, 40, 4, 4, 4]) == [2, 3]
-    assert like_length([100, 60, 50]) == [2, 1]  # 160 of 200 places are prompt, 210 of 300 would be too few
-    assert like_length([PREFILL_TOKENS + 1, PREFILL_TOKENS, 8]) == [1, 1, 1]
+    assert like_length([], 10) == []
+    assert like_length([10, 10, 10], 1) == [3]
+    assert like_length([40, 40, 4, 4, 4], 10) == [2, 3]
+    assert like_length([40, 40, 4, 4, 4], 109) == [5]  # 200 places and a call are less than 92 and two
+    assert like_length([40, 40, 4, 4, 4], 107) == [2, 3]
+    assert like_length([PREFILL_TOKENS + 1, PREFILL_TOKENS, 8], 10**6) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("call", [1, 7, 30, 200])
+def test_no_other_groups_cost_less(call: int) -> None:
+    """Against all ways to part eight prompts."""
+    generator = torch.Generator().manual_seed(call)
+    for _ in range(20):
+        lengths = sorted(torch.randint(1, 60, (8,), generator=generator).tolist(), reverse=True)
+
+        def cost(groups: tuple[int, ...], lengths: list[int] = lengths) -> int:
+            starts = [sum(groups[:place]) for place in range(len(groups))]
+            return sum(size * lengths[start] + call for size, start in zip(groups, starts, strict=True))
+
+        ways = [
+            tuple(b - a for a, b in pairwise((0, *cuts, 8)))
+            for count in range(8)
+            for cuts in combinations(range(1, 8), count)
+        ]
+        found = like_length(lengths, call)
+        assert sum(found) == 8
+        assert cost(tuple(found)) == min(map(cost, ways))
 
 
 def test_masks_of_one_step() -> None:

@@ -21,11 +21,11 @@ INLINE SUITED(lanes) SUITED(neighbours)(SUITED(lanes) a, SUITED(lanes) b) {
 }
 
 /* out[n][m] = sum_k w[n * w_row + k * w_step] x[k][m] for some features n and one or two vectors of columns m; numbers from one
- * row of x and of `out` to the next are given. Unless null, the weights that come `next`, of `size` bytes each, are asked for
- * meanwhile. */
+ * row of x and of `out` to the next are given. Unless null, the weights that come `next`, so many rows of `size` bytes for each
+ * number, are asked for meanwhile. */
 TARGET INLINE void SUITED(tile)(const int features, const int vectors, const float *x, long x_row, const float *w, long w_row,
                                 long w_step, long width, float *out, long out_row, int add, const char *next, long next_row,
-                                long size) {
+                                const int next_rows, long size) {
     SUITED(lanes) sum[2 * TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < features * vectors; i++) sum[i] = (SUITED(lanes)){0};
@@ -33,7 +33,8 @@ TARGET INLINE void SUITED(tile)(const int features, const int vectors, const flo
     const long step = next ? STEP : width;
     for (long start = 0; start < width; start += step) {
         const long end = start + step < width ? start + step : width;
-        for (long n = 0; next && n < features; n++) __builtin_prefetch(next + n * next_row + start * size, 0, 3);
+        for (long n = 0; next && n < next_rows; n++) __builtin_prefetch(next + n * next_row + start * size, 0, 3);
+#pragma GCC unroll 4
         for (long k = start; k < end; k++) {
             SUITED(lanes) row[2];
 #pragma GCC unroll 2
@@ -56,15 +57,22 @@ TARGET INLINE void SUITED(tile)(const int features, const int vectors, const flo
         }
 }
 
-/* Some columns, a multiple of LANES. */
+/* Some columns, a multiple of LANES. The first two passes over them ask for half of what comes next each. */
 TARGET INLINE void SUITED(tiles)(const int features, const float *x, long x_row, const float *w, long w_row, long w_step,
                                  long width, float *out, long out_row, long columns, int add, const char *next, long next_row,
                                  long size) {
+    const int half = features / 2;
     long m = 0;
+    if (next && columns >= 4 * LANES) {
+        SUITED(tile)(features, 2, x, x_row, w, w_row, w_step, width, out, out_row, add, next, next_row, half, size);
+        SUITED(tile)(features, 2, x + 2 * LANES, x_row, w, w_row, w_step, width, out + 2 * LANES, out_row, add, next + half * next_row,
+                     next_row, features - half, size);
+        next = 0, m = 4 * LANES;
+    }
     for (; m + 2 * LANES <= columns; m += 2 * LANES)
-        SUITED(tile)(features, 2, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, size);
+        SUITED(tile)(features, 2, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, features, size);
     if (m < columns)
-        SUITED(tile)(features, 1, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, size);
+        SUITED(tile)(features, 1, x + m, x_row, w, w_row, w_step, width, out + m, out_row, add, next, next_row, features, size);
 }
 
 /* out[n][m] = sum_k w[n][k] x[k][m] of TILE, 4 or 1 features and some columns, a multiple of LANES. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -47,7 +48,9 @@ def turns_halves(kind: type[nn.Module]) -> bool:
     return _says(known.get(NAME), TURNED) and _says(known.get(HALVES), HALF)
 
 
+@cache
 def _says(function: Any, lines: tuple[str, ...]) -> bool:
+    """Whether the source of a function holds these lines: asked for each layer of each rollout."""
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

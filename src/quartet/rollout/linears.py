@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from quartet import kernels
 from quartet.distributed import is_share
 from quartet.models.linears import FastLinear, FastLoraLinear, is_replaced
-from quartet.models.low_rank import add_upright, upright
+from quartet.models.low_rank import add_upright, upright, with_low_rank
 from quartet.models.precision import on_cpu
+from quartet.models.products import has_kernels, linear_product
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -32,11 +33,11 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
     LoRA layers: scale and conversion of the two small matrices are done once and not in every call. Merged, their product is
     added to a copy of the weight, and a call is one product; what they are made of is only read.
 
-    Plain linear layers on the CPU multiply few rows by a kernel that reads the weight once, and many with oneDNN, or all where
-    there are no kernels. torch multiplies float32 matrices with MKL, which is 1.3 to 3 times slower on processors whose
-    widest vectors it leaves unused. Where the weights are float32 and the computation is in bfloat16, autocast would convert
-    all weights in every step: here each is converted once, and the copy is dropped at the end (2 bytes for each weight
-    meanwhile).
+    Plain linear layers on the CPU multiply few rows by a kernel that reads the weight once, and many by the kernels of
+    training where these are faster, else with oneDNN, or all where there are no kernels. torch multiplies float32 matrices
+    with MKL, which is 1.3 to 3 times slower on processors whose widest vectors it leaves unused. Where the weights are
+    float32 and the computation is in bfloat16, autocast would convert all weights in every step: here each is converted
+    once, and the copy is dropped at the end (2 bytes for each weight meanwhile).
 
     Weights that are fetched for each use, quantized layers, GPT-2's Conv1D, LoRA variants and layers whose forward another
     library has replaced stay as they are.
@@ -107,8 +108,13 @@ class WithAdapter:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Of states `[..., in]`."""
+        few = self.parts is not None and 0 < states.numel() <= self._most
+        below = self.base.__dict__.get("forward")
+        if not few and isinstance(below, Product) and has_kernels(below.layer.weight):
+            layer = below.layer
+            return with_low_rank(states, layer.weight, layer.bias, self._down.t(), self._up.t(), 1.0)[0]
         result: Tensor = self.base(states)
-        if self.parts is not None and 0 < states.numel() <= self._most:
+        if few and self.parts is not None:
             down, up = self.parts
             return result.add_(kernels.few_rows(kernels.few_rows(states, down), up))
         add_upright(result, states, self._down, self._up, 1.0)
@@ -145,9 +151,8 @@ def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Forward
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if dtype == torch.float32 and weight.dtype == dtype:
         if onednn or kernels.decodes(dtype):
-            return Product(
-                weight, bias, partial(_float32 if onednn else nn.functional.linear, weight=weight, bias=bias)
-            )
+            many = _by_onednn if onednn and not has_kernels(weight) else linear_product
+            return Product(weight, bias, partial(many, weight=weight, bias=bias))
         return None
     if dtype != torch.bfloat16 or not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None
@@ -185,7 +190,7 @@ def _is_here(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and not is_share(weight)
 
 
-def _float32(states: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_onednn(states: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
     if states.dtype != torch.float32 or states.numel() < _FEWEST_ROWS * weight.shape[1]:
         return nn.functional.linear(states, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
