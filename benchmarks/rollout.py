@@ -98,8 +98,7 @@ def shares_of(profile: dict[str, Any]) -> dict[str, float]:
 
     found, plain = shares(profile), profile["plain"]
     compiled = sum(plain["kernels"].values()) / plain["seconds"]
-    rest = sum(found.pop(kind) for kind in ("kernels", "rest"))
-    return {**found, "kernels": compiled, "rest": rest - compiled}
+    return found | {"kernels": compiled, "rest": found["kernels"] + found["rest"] - compiled}
 
 
 def worker() -> None:

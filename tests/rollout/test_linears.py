@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from quartet.config import LoraConfig
+from quartet.kernels import multiplying
 from quartet.models import adapters
 from quartet.models.adapters import AdapterSwitch
 from quartet.models.precision import autocast
@@ -151,6 +153,31 @@ def test_merged_layers_give_the_same_with_one_product(
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0]
         assert torch.equal(tensor, before[name][1])
+
+
+@pytest.mark.parametrize("rows", [6, 200])
+def test_a_hook_on_a_base_layer_waits_for_few_rows_and_many(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where kernels would compute a layer and its adapter in one product."""
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
+    monkeypatch.setattr(multiplying, "SMALLEST", 0)
+    model, states = make("one"), torch.randn(rows, 64)
+    seen: list[torch.Size] = []
+    up: Any = model.up
+    with torch.no_grad(), AdapterSwitch(model).on("one"):
+        expected = model(states)
+        up.base_layer.register_forward_hook(lambda *given: seen.append(given[2].shape))
+        with fast_linears(model, torch.float32, "one"):
+            torch.testing.assert_close(model(states), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [torch.Size((rows, 96))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_layers_of_a_plan_are_computed_by_themselves_as_in_the_run(dtype: torch.dtype) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        model, states = make(), torch.randn(200, 64)
+        with fast_linears(model, dtype, None):
+            assert replaced(model) == ({"up", "down"} if dtype == torch.float32 else set())
+            assert model(states).shape == (200, 3)
 
 
 def test_what_cannot_be_merged_stays_apart() -> None:

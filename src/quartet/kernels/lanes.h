@@ -57,7 +57,7 @@ TARGET INLINE void SUITED(tile)(const int features, const int vectors, const flo
         }
 }
 
-/* Some columns, a multiple of LANES. The first two passes over them ask for half of what comes next each. */
+/* Some columns, a multiple of LANES. From four vectors of them on the first two passes ask for half of what comes next each. */
 TARGET INLINE void SUITED(tiles)(const int features, const float *x, long x_row, const float *w, long w_row, long w_step,
                                  long width, float *out, long out_row, long columns, int add, const char *next, long next_row,
                                  long size) {

@@ -93,7 +93,7 @@ def sum_into(out: Tensor, *terms: Term) -> Tensor:
 
 def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, no gradient asked."""
-    if states.dtype == torch.float32 and has_kernels(weight):
+    if states.dtype == torch.float32 and states.dim() > 1 and has_kernels(weight):
         result = states.new_empty(*states.shape[:-1], weight.shape[0])
         if kernels.multiply(result.flatten(0, -2), Term(states.flatten(0, -2), weight.t()), bias=bias):
             return result

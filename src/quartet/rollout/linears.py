@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quartet import kernels
 from quartet.distributed import is_share
-from quartet.models.linears import FastLinear, FastLoraLinear, is_replaced
+from quartet.kernels.library import are_real
+from quartet.models.linears import FastLinear, FastLoraLinear, is_hooked, is_replaced
 from quartet.models.low_rank import add_upright, upright, with_low_rank
 from quartet.models.precision import on_cpu
 from quartet.models.products import has_kernels, linear_product
@@ -110,7 +111,7 @@ class WithAdapter:
         """Of states `[..., in]`."""
         few = self.parts is not None and 0 < states.numel() <= self._most
         below = self.base.__dict__.get("forward")
-        if not few and isinstance(below, Product) and has_kernels(below.layer.weight):
+        if not few and isinstance(below, Product) and has_kernels(below.layer.weight) and not is_hooked(self.base):
             layer = below.layer
             return with_low_rank(states, layer.weight, layer.bias, self._down.t(), self._up.t(), 1.0)[0]
         result: Tensor = self.base(states)
@@ -139,6 +140,10 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
 
 def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Forward | None:
     weight = module.weight
+    if not are_real(
+        weight
+    ):  # in a plan, where layers with a forward of their own are computed by themselves, as in the run
+        return partial(nn.Linear.forward, module) if dtype == torch.float32 and _is_wide(weight) else None
     if not _is_here(weight) or weight.dtype not in (torch.float32, dtype):
         return None
     return _product(weight.detach(), module.bias, dtype)
@@ -146,7 +151,7 @@ def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Forward | None:
 
 def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Forward | None:
     """The product with a weight, where a kernel or oneDNN is there for it and pays, and the weight is no stand-in."""
-    if type(weight) is not Tensor or not on_cpu(weight) or min(weight.shape) < _SMALLEST_SIDE:
+    if type(weight) is not Tensor or not on_cpu(weight) or not _is_wide(weight):
         return None
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if dtype == torch.float32 and weight.dtype == dtype:
@@ -183,6 +188,10 @@ def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> For
 
 def _plain(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
     return nn.functional.linear(states.to(weight.dtype), weight, bias)
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return min(weight.shape) >= _SMALLEST_SIDE
 
 
 def _is_here(weight: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quartet.errors import brief
 from quartet.models.as_in_training import as_in_training
+from quartet.models.precision import on_cpu
 from quartet.models.roles import LanguageView
 from quartet.rollout.compiled import CompiledStep, compiled_step
 from quartet.rollout.linears import fast_linears
@@ -33,7 +34,6 @@ class Decoder:
         self._patterns = layer_patterns(backbone.model.config)
         self._dtype = backbone.dtype
         self._steps: WeakKeyDictionary[RowCache, CompiledStep | None] = WeakKeyDictionary()
-        self._by_kernels = self._dtype == torch.float32 and backbone.device.type == "cpu"
         self.compiles = True
         """Take a compiled step where there is one."""
         if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
@@ -54,7 +54,8 @@ class Decoder:
             Hidden states `[m, H]` of the last token of each prompt.
         """
         cache.prefill(first)
-        with as_in_training() if self._by_kernels else nullcontext():
+        by_kernels = self._dtype == torch.float32 and on_cpu(ids)
+        with as_in_training() if by_kernels else nullcontext():
             output: Any = self._transformer(input_ids=ids, past_key_values=cache, use_cache=True)
         states: Tensor = output.last_hidden_state
         return states[torch.arange(len(ids), device=ids.device), lengths - 1]
