@@ -89,7 +89,7 @@ def test_prompts_are_computed_by_the_kernels_of_training(
         pytest.skip("no kernels were compiled")
     config = FAMILIES[family]()
     config.hidden_size, config.intermediate_size, config.vocab_size = 64, 96, 100
-    config.head_dim, config.num_key_value_heads = 16, config.num_attention_heads
+    config.head_dim, config.num_key_value_heads, config.initializer_range = 16, config.num_attention_heads, 0.1
     policy, prompts = make_policy(config, lora=lora), make_prompts((44, 39, 41, 28, 43))
     model = policy.backbone.model
     expected = full_logprobs(policy, rollout := DynamicEngine(policy, settings()).generate(prompts), 0.8)
