@@ -108,9 +108,8 @@ def test_prompts_are_computed_by_the_kernels_of_training(
     torch.testing.assert_close(found.logprobs, expected, atol=1e-4, rtol=0)
     layers = 2 * 7
     assert terms == ({1: layers, 2: layers} if lora and not merged else {1: layers})
-    assert names["attention_f32"] == (
-        1 if family == "qwen2-window" else 2
-    )  # of two layers, all that look at all tokens
+    at_all = 1 if family == "qwen2-window" else 2  # layers that look at all tokens
+    assert names["attention_f32"] == at_all
 
 
 @pytest.mark.parametrize("greedy", [True, False])

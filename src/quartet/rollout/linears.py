@@ -140,9 +140,7 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
 
 def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Forward | None:
     weight = module.weight
-    if not are_real(
-        weight
-    ):  # in a plan, where layers with a forward of their own are computed by themselves, as in the run
+    if not are_real(weight):  # in a plan; a layer with a forward of its own is computed by itself there, as in the run
         return partial(nn.Linear.forward, module) if dtype == torch.float32 and _is_wide(weight) else None
     if not _is_here(weight) or weight.dtype not in (torch.float32, dtype):
         return None
