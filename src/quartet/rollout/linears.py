@@ -109,14 +109,19 @@ class WithAdapter:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Of states `[..., in]`."""
-        few = self.parts is not None and 0 < states.numel() <= self._most
+        parts = self.parts if 0 < states.numel() <= self._most else None
         below = self.base.__dict__.get("forward")
-        if not few and isinstance(below, Product) and has_kernels(below.layer.weight) and not is_hooked(self.base):
+        if (
+            parts is None
+            and isinstance(below, Product)
+            and has_kernels(below.layer.weight)
+            and not is_hooked(self.base)
+        ):
             layer = below.layer
             return with_low_rank(states, layer.weight, layer.bias, self._down.t(), self._up.t(), 1.0)[0]
         result: Tensor = self.base(states)
-        if few and self.parts is not None:
-            down, up = self.parts
+        if parts is not None:
+            down, up = parts
             return result.add_(kernels.few_rows(kernels.few_rows(states, down), up))
         add_upright(result, states, self._down, self._up, 1.0)
         return result
