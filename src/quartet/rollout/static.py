@@ -236,8 +236,8 @@ def _release(rows: _Rows, done: set[int]) -> None:
 def tokens_of_a_call(policy: LanguageView) -> int:
     """Tokens that take about as long as a forward pass over prompts does beside them: weights read and packed, calls made.
 
-    In float32 on two cores of an AMD processor 48 to 96 were best. The others were not measured: the faster tokens are, the
-    more of them a pass is worth.
+    Tried out in float32, on two cores of an AMD processor. The others were not measured: the faster tokens are, the more of
+    them a pass is worth.
     """
     backbone = policy.backbone
     if backbone.device.type != "cpu":
