@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--response-length", type=int, default=64)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--batch-rows", type=int, default=32, help="rollout.batch_rows")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--return-memory", action="store_true", help="run.return_memory: true")
     parser.add_argument("--parallel", choices=("auto", "true", "false"), default="auto", help="run.parallel_passes")
@@ -78,6 +79,7 @@ def configuration(options: argparse.Namespace, folder: Path) -> Config:
             "data": {"prompts": str(prompts), "column": "text", "eval_count": 0},
             "rollout": {
                 "batch_size": options.episodes,
+                "batch_rows": options.batch_rows,
                 "response_length": options.response_length,
                 "stop": "eos" if options.stop == "eos" else None,
             },

@@ -34,6 +34,7 @@ DTYPES = {"0.5B": torch.bfloat16, "1.5B": torch.bfloat16}
 """Of the weights in the files; float32 where none is named."""
 SEED = 1234
 PROMPTS, SHORTEST, LONGEST = 256, 16, 48
+CHECKPOINTS = ("policy", "value", "reward", "reward-lora")
 
 
 def library_files() -> list[Path]:
@@ -102,19 +103,21 @@ def make_checkpoints(root: Path, size: str, tokenizer: PreTrainedTokenizerFast) 
         **SIZES[size],
     )
     dtype = DTYPES.get(size, torch.float32)
-    torch.manual_seed(SEED)
-    policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    policy.generation_config.pad_token_id = tokenizer.pad_token_id
-    policy.save_pretrained(root / "policy")
-    config.num_labels = 1
-    for seed, name in enumerate(("value", "reward"), SEED + 1):
-        torch.manual_seed(seed)
-        AutoModelForSequenceClassification.from_config(config, dtype=dtype).save_pretrained(root / name)
+    device = "cuda" if size in DTYPES and torch.cuda.is_available() else "cpu"  # billions of numbers are drawn
+    with torch.device(device):
+        torch.manual_seed(SEED)
+        policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+        policy.save_pretrained(root / "policy")
+        config.num_labels = 1
+        for seed, name in enumerate(("value", "reward"), SEED + 1):
+            torch.manual_seed(seed)
+            AutoModelForSequenceClassification.from_config(config, dtype=dtype).save_pretrained(root / name)
     torch.manual_seed(SEED + 3)
     base = AutoModelForSequenceClassification.from_pretrained(root / "policy", num_labels=1)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_LINEARS, task_type="SEQ_CLS")
     get_peft_model(base, lora).save_pretrained(root / "reward-lora")
-    for name in ("policy", "value", "reward", "reward-lora"):
+    for name in CHECKPOINTS:
         tokenizer.save_pretrained(root / name)
 
 
@@ -129,9 +132,11 @@ def main() -> None:
         root: Path = options.out / size
         if not (root / "prompts.jsonl").exists():
             tokenizer = train_tokenizer(SIZES[size]["vocab_size"])
-            make_checkpoints(root, size, tokenizer)
+            tokenizer.save_pretrained(root / "tokenizer")
             lines = [json.dumps(prompt) + "\n" for prompt in make_prompts(tokenizer, docstrings())]
             (root / "prompts.jsonl").write_text("".join(lines))
+        if not all((root / name / "tokenizer.json").exists() for name in CHECKPOINTS):
+            make_checkpoints(root, size, PreTrainedTokenizerFast.from_pretrained(root / "tokenizer"))
         if options.early and not (root / "policy-early" / "config.json").exists():
             train_to_end(root)
 
