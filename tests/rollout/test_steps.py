@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
@@ -135,6 +136,25 @@ def test_steps_that_draw_are_checked_too() -> None:
 
     with pytest.raises(NotDrivable, match="off by"):
         StaticEngine(policy, settings(top_p=0.9)).record_with(StaleDraws)
+
+
+def test_recordings_of_one_recorder_live_side_by_side() -> None:
+    """A pool of CUDA graphs whose graphs are all gone takes no other one: torch's allocator then fails an assertion."""
+    policy = make_policy(FAMILIES["llama"]())
+
+    class Pooled(Recorder):
+        def __call__(self, work: Callable[[], Picked]) -> tuple[Callable[[], None], Picked]:
+            if self.recorded and not any(play() for play in plays):
+                raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+            play, result = super().__call__(work)
+            plays.append(weakref.ref(play))
+            return play, result
+
+    plays: list[weakref.ref[Callable[[], None]]] = []
+    engine = StaticEngine(policy, settings())
+    engine.record_with(Pooled)
+    assert len(plays) == 2
+    engine.generate(make_prompts())
 
 
 def test_a_step_that_asks_is_refused_before_it_is_recorded() -> None:

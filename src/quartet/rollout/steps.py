@@ -185,9 +185,10 @@ def check_recording(decoder: Decoder, policy: LanguageView, settings: SamplingSe
         NotDrivable: recording fails, or gives other log-probabilities.
     """
     tolerance = 1e-3 if policy.backbone.dtype == torch.float32 else 0.1
+    held: list[RecordedSteps] = []  # a graph's memory pool cannot be used again once all of its graphs are gone
     for uniform in (None, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)):
         try:
-            expected, (tokens, logprobs) = _checked_steps(decoder, policy, settings, record, uniform)
+            expected, (tokens, logprobs) = _checked_steps(decoder, policy, settings, record, uniform, held)
         except Exception as error:
             raise NotDrivable(not_recorded(error)) from error
         if uniform is None:
@@ -201,9 +202,18 @@ def check_recording(decoder: Decoder, policy: LanguageView, settings: SamplingSe
 
 
 def _checked_steps(
-    decoder: Decoder, policy: LanguageView, settings: SamplingSettings, record: Recorder, uniform: Tensor | None
+    decoder: Decoder,
+    policy: LanguageView,
+    settings: SamplingSettings,
+    record: Recorder,
+    uniform: Tensor | None,
+    held: list[RecordedSteps],
 ) -> tuple[Tensor, Picked]:
-    """Four steps of three rows: log-probabilities `[12, vocabulary]` as they are run, and what the recorded ones pick."""
+    """Four steps of three rows: log-probabilities `[12, vocabulary]` as they are run, and what the recorded ones pick.
+
+    Args:
+        held: the recorded steps are added to it, to live for as long as the recorder does.
+    """
     device, start = policy.backbone.device, torch.tensor([3, 5, 7])
     ids = torch.stack([start, start + 1, start + 2]).to(device)
     lengths = torch.full((3,), 3, device=device)
@@ -220,6 +230,7 @@ def _checked_steps(
         steps(ids[:, 0], lengths + 3, 6, uniform)
     cache = decoder.new_cache(4, 8)
     recorded = RecordedSteps(Steps(decoder, policy.head, settings, cache), cache, device, record)
+    held.append(recorded)
     decoder.prefill(cache, 0, ids, lengths)
     picked = []
     for step in range(4):
