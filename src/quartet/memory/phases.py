@@ -75,7 +75,7 @@ def update(trace: MemoryTrace, roles: Roles, choices: Choices, workload: Workloa
         _have_gradients(trace, trainable)
     plain = PlannedSequences.of(rows, workload.longest, workload.response_length)
     keeps = alone and not choices.checkpointing
-    with LENDER.keeping(), CONVERTED.keeping(keeps), IN_PLACE.added(alone and choices.device == "cpu"):
+    with LENDER.keeping(), CONVERTED.keeping(keeps), IN_PLACE.added(alone):
         if one_pass:
             _pass(trace, roles, "both", plain, workload)
         elif choices.parallel_passes:

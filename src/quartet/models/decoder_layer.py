@@ -15,10 +15,12 @@ from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.attention import NAME
 from quartet.models.gated import is_silu
 from quartet.models.gated_mlp import by_kernels, in_one_pass
+from quartet.models.gpu_layer import GpuLayerPass, on_gpu
 from quartet.models.known import ATTENTION, LAYER, MLP, NORM, NORMED_ATTENTION, library_kind, own_class
 from quartet.models.layer_pass import LayerPass, Rest
 from quartet.models.layout import PackedLayout, packed_now
 from quartet.models.linears import Weights, is_hooked, is_replaced, weights_of
+from quartet.models.precision import on_cpu
 from quartet.models.products import computed_in
 from quartet.models.rotary import turns_halves
 
@@ -38,7 +40,8 @@ def layer_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         taken = None if args else _taken_apart(self, hidden_states, **kwargs)
         if taken is None:
             return library(self, hidden_states, *args, **kwargs)
-        apply: Callable[..., Tensor] = LayerPass.apply
+        passing = LayerPass if on_cpu(hidden_states) else GpuLayerPass
+        apply: Callable[..., Tensor] = passing.apply
         return apply(hidden_states, *kwargs["position_embeddings"], *taken)
 
     return own_class(kind, forward)
@@ -70,11 +73,16 @@ def _taken_apart(
         return None
     parts = [getattr(at, name) for at, names in zip((attention, mlp), PLACES, strict=True) for name in names]
     linears = [found for found in map(weights_of, parts) if found is not None]
-    if len(linears) < len(parts) or not in_one_pass(states, linears):
+    if len(linears) < len(parts) or (attention.training and attention.attention_dropout):
         return None
-    if attention.training and attention.attention_dropout:
-        return None
-    if not _fits(states, attention, linears, [norm.weight for norm in norms], position_embeddings, packed):
+    weights_of_norms = [norm.weight for norm in norms]
+    if on_cpu(states):
+        fits = in_one_pass(states, linears) and _fits(
+            states, attention, linears, weights_of_norms, position_embeddings, packed
+        )
+    else:
+        fits = not normed and is_silu(mlp.act_fn) and _fits_gpu(states, attention, linears)
+    if not fits:
         return None
     rest = Rest(
         normed=normed,
@@ -84,6 +92,7 @@ def _taken_apart(
         scales=[weights.scale for weights in linears],
         activation=mlp.act_fn,
         bounds=packed.bounds,
+        starts=packed.starts,
         longest=packed.length,
         read=packed.read if mlp.is_last else None,
         by_kernels=computed_in(states) == torch.float32 and is_silu(mlp.act_fn) and by_kernels(linears),
@@ -91,6 +100,16 @@ def _taken_apart(
     )
     tensors = [tensor for weights in linears for tensor in (weights.weight, weights.bias, weights.down, weights.up)]
     return rest, *(norm.weight for norm in norms), *tensors
+
+
+def _fits_gpu(states: Tensor, attention: Any, linears: Sequence[Weights]) -> bool:
+    """Whether the pass on a GPU can be taken: all in bfloat16, whatever the weights are kept in."""
+    tensors = [t for layer in linears for t in (layer.weight, layer.bias, layer.down, layer.up) if t is not None]
+    if len(states) != 1 or computed_in(states) != torch.bfloat16 or any(t.device != states.device for t in tensors):
+        return False
+    size = attention.head_dim
+    heads, key_heads = (len(layer.weight) // size for layer in linears[:2])
+    return on_gpu(states, torch.bfloat16, heads, key_heads, size)
 
 
 @cache

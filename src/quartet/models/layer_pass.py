@@ -45,6 +45,8 @@ class Rest:
     """Of the adapters of all linear layers."""
     activation: Activation
     bounds: Tensor
+    starts: Tensor
+    """The bounds as a GPU reads them: int32, on the states' device."""
     longest: int
     read: Places | None
     """The tokens whose states are read, where only these are computed after the attention."""

@@ -161,6 +161,8 @@ class PackedLayout(Layout):
     """The tokens whose last states are read, among all tokens."""
     bounds: Tensor
     """int64 `[n + 1]`, on the host: the place of each sequence's first token, and after the last sequence's last."""
+    starts: Tensor
+    """The same in int32 on the device, as kernels of a GPU read it."""
 
     @staticmethod
     def of(sequences: Sequences, multiple: int = 1) -> PackedLayout:
@@ -191,7 +193,8 @@ class PackedLayout(Layout):
         }
         first = last - sequences.response_lengths
         bounds = torch.tensor(np.append(0, (prompts + responses).cumsum()))
-        return PackedLayout(sequences, arguments, first, last, tokens, columns, cells, read, bounds)
+        starts = to_device(bounds.int(), device)
+        return PackedLayout(sequences, arguments, first, last, tokens, columns, cells, read, bounds, starts)
 
     def active(self) -> AbstractContextManager[None]:
         """Attention and the last MLP find the layout."""

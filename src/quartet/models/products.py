@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quartet import kernels
 from quartet.kernels import Term
+from quartet.kernels.library import are_real
 from quartet.models.precision import on_cpu
 
 SMALLEST_SIDE = 64
@@ -65,6 +66,15 @@ def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
         del out
     found = left @ right
     return found if scale == 1.0 else found.mul_(scale)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of matrices in bfloat16, as float32: a GPU's sums are not rounded in between."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if not are_real(left):
+        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    return (left @ right).float()
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

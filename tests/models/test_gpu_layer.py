@@ -1,0 +1,141 @@
+"""A decoder layer in one pass on a GPU: by Triton's interpreter and a plain attention where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoder_layers import TRAINED, fast, in_parts, layout, model_of, run, states
+from quartet.kernels import flash
+from quartet.models import gpu_layer
+from quartet.models.as_in_training import as_in_training
+from quartet.models.gradients import IN_PLACE
+from quartet.models.precision import planned_for
+from triton_kernels import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1, and no GPU")
+NEAR = 0.03
+"""Norm of the error over that of what is expected: some roundings to bfloat16, of 0.004 each at the most. Gradients that come
+of large numbers which cancel out may be off by more, but not by much more than those of the layer's parts in bfloat16."""
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float) -> Tensor:
+    """Token by token as the formula says, in float64."""
+    found = []
+    for first, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        q, k, v = (one[first:end].double().transpose(0, 1) for one in (query, key, value))
+        k, v = (one.repeat_interleave(len(q) // len(one), 0) for one in (k, v))
+        future = torch.ones(end - first, end - first, dtype=torch.bool).triu(1)
+        shares = (q @ k.transpose(1, 2) * scaling).masked_fill(future, float("-inf")).softmax(-1)
+        found.append((shares @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float
+) -> tuple[Tensor, list[Tensor]]:
+    assert starts.dtype == torch.int32
+    assert longest == max(b - a for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False))
+    return attended(query, key, value, starts, scaling).to(query.dtype), [torch.zeros(1)] * 3
+
+
+def attention_gradient(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, _, _, starts, _, scaling = given
+    leaves = [one.detach().clone().requires_grad_() for one in (query, key, value)]
+    with torch.enable_grad():
+        found = attended(*leaves, starts, scaling)
+    by_query, by_key, by_value = torch.autograd.grad(found, leaves, gradient.double())
+    return by_query, by_key, by_value
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flash, "attention", attention)
+    monkeypatch.setattr(flash, "attention_gradient", attention_gradient)
+    monkeypatch.setattr(flash, "fits", lambda *_: True)
+    torch.set_num_threads(1)
+    with planned_for("cuda"):
+        yield
+
+
+def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    assert found.keys() == exact.keys() == parts.keys()
+    for name, right in exact.items():
+        off, in_parts_off = (float((one[name].double() - right).norm() / right.norm()) for one in (found, parts))
+        assert off <= max(NEAR, 2 * in_parts_off), f"{name}: {off}, in parts {in_parts_off}"
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "biased"])
+def test_numbers_are_the_librarys_in_float64(family: str, trained: str, last: bool, taken: list[bool]) -> None:
+    plain = model_of(family, trained)
+    model = fast(plain, last=last)
+    found = run(model, layout(), trained, torch.bfloat16)
+    assert taken == [True] * 3
+    with in_parts():
+        parts = run(model, layout(), trained, torch.bfloat16)
+    assert_near(found, run(plain.double(), layout(packed=False), trained), parts)
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_gradients_added_in_place(trained: str) -> None:
+    """Of two microbatches, the second time in the memory of the first."""
+    model = fast(model_of("llama", trained), last=True)
+    once = run(model, layout(), trained, torch.bfloat16)
+    with IN_PLACE.added():
+        for reset in range(2):
+            IN_PLACE.reset(model.parameters(), reuse=True)
+            for count in (1, 2):
+                found = states(model, layout(), trained, torch.bfloat16)
+                torch.manual_seed(3)
+                (found * torch.randn(found.shape)).sum().backward()
+                gradients = {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
+                assert once.keys() == {"", *gradients}, (reset, count)
+                for name, gradient in gradients.items():
+                    torch.testing.assert_close(gradient, once[name], rtol=0, atol=0.01 * float(once[name].abs().max()))
+
+
+def test_adapters_on_weights_of_bfloat16() -> None:
+    plain = model_of("llama", "lora")
+    model = fast(plain, last=True)
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        if not other.requires_grad:
+            other.data = other.data.bfloat16()
+        one.data = other.data.double()
+    found = run(model, layout(), "lora", torch.bfloat16)
+    with in_parts():
+        parts = run(model, layout(), "lora", torch.bfloat16)
+    assert_near(found, run(plain.double(), layout(packed=False), "lora"), parts)
+
+
+def test_without_gradients_the_same_numbers(taken: list[bool]) -> None:
+    model = fast(model_of("llama"), last=True)
+    found = run(model, layout(), "full", torch.bfloat16)[""]
+    with torch.no_grad(), as_in_training():
+        again = states(model, layout(), "full", torch.bfloat16)
+    assert taken == [True] * 6
+    assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gelu"])
+def test_others_are_computed_part_by_part(family: str, taken: list[bool]) -> None:
+    model = fast(model_of(family), last=False)
+    found = run(model, layout(), "full", torch.bfloat16)
+    assert taken == [False] * 3
+    with in_parts():
+        parts = run(model, layout(), "full", torch.bfloat16)
+    assert all(torch.equal(found[name], parts[name]) for name in parts)
+
+
+def test_float32_is_left_alone(taken: list[bool]) -> None:
+    run(fast(model_of("llama"), last=False), layout(), "full")
+    assert taken == [False] * 3
+
+
+def test_every_linear_layer_is_in_a_group() -> None:
+    assert sorted(number for group in gpu_layer.TOGETHER for number in group) == list(range(7))
