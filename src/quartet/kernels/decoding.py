@@ -92,11 +92,12 @@ class Layer:
         return found
 
 
-def alike(layers: Sequence[Layer], hidden: int) -> bool:
+def alike(layers: Sequence[Layer], hidden: int, *, most: int | None = FEW) -> bool:
     """Whether the shapes of all layers are those of one transformer, which the kernel takes them for.
 
     Args:
         hidden: numbers of a state.
+        most: rows that the kernel computes; None for any number.
     """
     first = layers[0]
     rows, shared, columns, size = first.keys.shape
@@ -108,7 +109,7 @@ def alike(layers: Sequence[Layer], hidden: int) -> bool:
         *[(inner, hidden)] * 2,
         (hidden, inner),
     ]
-    fit = mixed % (shared * size) == 0 and rows <= FEW and size <= LONGEST and size % 2 == 0
+    fit = mixed % (shared * size) == 0 and (most is None or rows <= most) and size <= LONGEST and size % 2 == 0
     for layer in layers:
         found = [tuple(one.weight.shape) for group in layer.groups() for one in group]
         caches = {tuple(layer.keys.shape), tuple(layer.values.shape)} == {(rows, shared, columns, size)}
