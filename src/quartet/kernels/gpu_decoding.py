@@ -1,0 +1,280 @@
+"""What a decoding step computes between its matrix products on a GPU, in few kernels, written in Triton.
+
+Nothing here waits for the GPU or asks it for a number, so that a step can be recorded as a CUDA graph: a row's length comes
+from memory when a kernel runs. Numbers are computed in float32 and rounded once. Importable where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.library import are_real
+
+triton: Any = None
+tl: Any = None
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ImportError:
+    pass
+constexpr = Any
+"""Triton compiles a kernel for each value of an argument that is annotated so; it goes by the name."""
+
+FEWEST_OF_A_TILE = 16
+"""Sides of a product of tiles are filled up to so many."""
+_BYTES_OF_A_BLOCK = 16384
+"""Keys that a program of `attend` reads at once: with as many values, and the next of both on their way, 64 KiB."""
+
+
+def _jit(kernel: Any) -> Any:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@_jit
+def _add_norm(
+    states: Any, delta: Any, weight: Any, out: Any, eps: Any, ADDS: constexpr, SIZE: constexpr, BLOCK: constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * SIZE
+    place = tl.arange(0, BLOCK)
+    inside = place < SIZE
+    found = tl.load(states + row + place, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        found += tl.load(delta + row + place, mask=inside, other=0.0).to(tl.float32)
+        kept = found.to(states.dtype.element_ty)
+        tl.store(states + row + place, kept, mask=inside)
+        found = kept.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(found * found, axis=0) / SIZE + eps)
+    found *= scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + place, found.to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _rotate_and_store(
+    query: Any, key: Any, value: Any, keys: Any, values: Any, cosines: Any, sines: Any, positions: Any,
+    query_norm: Any, key_norm: Any, query_row: Any, key_row: Any, value_row: Any, columns: Any, eps: Any,
+    NORMED: constexpr, HEADS: constexpr, SHARED: constexpr, SIZE: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """A program for each row and head: the heads of queries, then of keys, then of values."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(positions + row)
+    half = SIZE // 2
+    place = tl.arange(0, BLOCK)
+    inside = place < half
+    if head >= HEADS + SHARED:
+        head -= HEADS + SHARED
+        given = value + row * value_row + head * SIZE + place
+        kept = values + ((row * SHARED + head) * columns + position) * SIZE + place
+        kind = values.dtype.element_ty
+        tl.store(kept, tl.load(given, mask=inside, other=0.0).to(kind), mask=inside)
+        tl.store(kept + half, tl.load(given + half, mask=inside, other=0.0).to(kind), mask=inside)
+    else:
+        given = query + row * query_row + head * SIZE + place
+        kept = given
+        norm = query_norm
+        if head >= HEADS:
+            head -= HEADS
+            given = key + row * key_row + head * SIZE + place
+            kept = keys + ((row * SHARED + head) * columns + position) * SIZE + place
+            norm = key_norm
+        first = tl.load(given, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(given + half, mask=inside, other=0.0).to(tl.float32)
+        if NORMED:
+            scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / SIZE + eps)
+            first *= scale * tl.load(norm + place, mask=inside, other=0.0).to(tl.float32)
+            second *= scale * tl.load(norm + half + place, mask=inside, other=0.0).to(tl.float32)
+        angle = position * SIZE + place
+        cosine = tl.load(cosines + angle, mask=inside, other=0.0)
+        sine = tl.load(sines + angle, mask=inside, other=0.0)
+        turned = first * cosine - second * sine
+        tl.store(kept, turned.to(keys.dtype.element_ty), mask=inside)
+        cosine = tl.load(cosines + angle + half, mask=inside, other=0.0)
+        sine = tl.load(sines + angle + half, mask=inside, other=0.0)
+        turned = second * cosine + first * sine
+        tl.store(kept + half, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _attend(
+    query: Any, keys: Any, values: Any, positions: Any, out: Any, query_row: Any, columns: Any, scaling: Any,
+    WINDOW: constexpr, SHARED: constexpr, GROUP: constexpr, SIZE: constexpr,
+    SIDE: constexpr, WIDTH: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """A program for each row and head of keys; the softmax goes along over blocks of columns (arXiv 1805.02867)."""
+    row = tl.program_id(0).to(tl.int64)
+    shared = tl.program_id(1)
+    length = (tl.load(positions + row) + 1).to(tl.int32)
+    head = tl.arange(0, SIDE)
+    place = tl.arange(0, WIDTH)
+    column = tl.arange(0, BLOCK)
+    within = (head[:, None] < GROUP) & (place[None, :] < SIZE)
+    spot = (shared * GROUP + head[:, None]) * SIZE + place[None, :]
+    asked = tl.load(query + row * query_row + spot, mask=within, other=0.0)
+    store = (row * SHARED + shared) * columns * SIZE
+    most = tl.full([SIDE], float("-inf"), tl.float32)
+    total = tl.zeros([SIDE], tl.float32)
+    mixed = tl.zeros([SIDE, WIDTH], tl.float32)
+    start = length * 0
+    if WINDOW > 0:
+        start = tl.maximum(length - WINDOW, 0)
+    for base in range(start // BLOCK * BLOCK, length, BLOCK):
+        here = base + column
+        seen = (here >= start) & (here < length)
+        at = store + here[:, None] * SIZE + place[None, :]
+        there = seen[:, None] & (place[None, :] < SIZE)
+        key = tl.load(keys + at, mask=there, other=0.0)
+        score = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, axis=1))
+        share = tl.exp(score - higher[:, None])
+        before = tl.exp(most - higher)
+        total = total * before + tl.sum(share, axis=1)
+        value = tl.load(values + at, mask=there, other=0.0)
+        part = tl.dot(share.to(value.dtype), value, input_precision="ieee")
+        mixed = mixed * before[:, None] + part
+        most = higher
+    mixed = mixed / total[:, None]
+    result = out + row * (SHARED * GROUP * SIZE) + spot
+    tl.store(result, mixed.to(out.dtype.element_ty), mask=within)
+
+
+@_jit
+def _silu_product(gate: Any, up: Any, out: Any, gate_row: Any, up_row: Any, SIZE: constexpr, BLOCK: constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    found = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+    found = found / (1.0 + tl.exp(-found))
+    found *= tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + place, found.to(out.dtype.element_ty), mask=inside)
+
+
+def available() -> bool:
+    """Whether Triton is there, with a GPU or its interpreter to run on."""
+    return triton is not None and (torch.cuda.is_available() or is_interpreted())
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels by its interpreter (`TRITON_INTERPRET=1`), as in tests: those of the CPU too."""
+    return triton is not None and not isinstance(_add_norm, triton.runtime.JITFunction)
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether these kernels compute with a tensor: on a GPU that multiplies in bfloat16; under the interpreter anywhere."""
+    if not available() or not are_real(tensor):
+        return False
+    if is_interpreted():
+        return True
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def add_norm(states: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Add to the residual stream in place; give its RMS norm.
+
+    Args:
+        states: `[n, H]` without gaps, in float32 or bfloat16.
+        delta: `[n, H]` without gaps; None where there is nothing to add.
+        weight: `[H]`.
+        dtype: of the result.
+
+    Returns:
+        `[n, H]`.
+    """
+    rows, size = states.shape
+    out = torch.empty_like(states, dtype=dtype)
+    block = _power_of_two(size)
+    added = states if delta is None else delta
+    _add_norm[(rows,)](
+        states, added, weight, out, eps,
+        ADDS=delta is not None, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+    )  # fmt: skip
+    return out
+
+
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    angles: tuple[Tensor, Tensor],
+    positions: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Turn queries in place, and put turned keys and the values into the cache.
+
+    Args:
+        query: `[n, heads * size]`, which may be columns of a wider matrix, as the next two.
+        key: `[n, shared * size]`.
+        value: `[n, shared * size]`.
+        keys: of the cache: `[rows, shared, columns, size]` without gaps, rows at least n; row i takes part with row i.
+        values: like `keys`.
+        angles: cosines and sines of every position, float32 `[columns, size]`.
+        positions: int32 or int64 `[n]`, the column that each row writes.
+        norms: weights `[size]` of the RMS norms of a head of queries and of one of keys, where these have norms.
+        eps: of the norms.
+    """
+    _, shared, columns, size = keys.shape
+    heads = query.shape[1] // size
+    of_query, of_key = norms or (angles[0], angles[0])
+    _rotate_and_store[(len(query), heads + 2 * shared)](
+        query, key, value, keys, values, *angles, positions, of_query, of_key,
+        query.stride(0), key.stride(0), value.stride(0), columns, eps,
+        NORMED=norms is not None, HEADS=heads, SHARED=shared, SIZE=size, BLOCK=_power_of_two(size // 2), num_warps=1,
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scaling: float, window: int | None = None
+) -> Tensor:
+    """Attention of one token a row over its own row of the cache, up to its own column and no further.
+
+    Args:
+        query: `[n, heads * size]`, turned; may be columns of a wider matrix.
+        keys: of the cache: `[rows, shared, columns, size]` without gaps; heads that share one stand side by side.
+        values: like `keys`.
+        positions: int32 or int64 `[n]`, the column of each row's token.
+        scaling: of the products of queries and keys.
+        window: tokens that it looks at; None for all.
+
+    Returns:
+        `[n, heads * size]` in the dtype of the query.
+    """
+    _, shared, columns, size = keys.shape
+    group = query.shape[1] // (shared * size)
+    width = max(FEWEST_OF_A_TILE, _power_of_two(size))
+    block = min(128, max(FEWEST_OF_A_TILE, _BYTES_OF_A_BLOCK // (width * keys.element_size())))
+    out = query.new_empty(query.shape)
+    _attend[(len(query), shared)](
+        query, keys, values, positions, out, query.stride(0), columns, scaling,
+        WINDOW=window or 0, SHARED=shared, GROUP=group, SIZE=size,
+        SIDE=max(FEWEST_OF_A_TILE, _power_of_two(group)), WIDTH=width, BLOCK=block, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`.
+
+    Args:
+        gate: `[n, I]`, which may be columns of a wider matrix.
+        up: like `gate`.
+
+    Returns:
+        `[n, I]` without gaps, in the dtype of the gate.
+    """
+    rows, size = gate.shape
+    block = min(1024, _power_of_two(size))
+    out = gate.new_empty(gate.shape)
+    _silu_product[(rows, -(-size // block))](gate, up, out, gate.stride(0), up.stride(0), SIZE=size, BLOCK=block)
+    return out
+
+
+def _power_of_two(count: int) -> int:
+    """The next power of two, one at the least."""
+    return 1 << (count - 1).bit_length()
