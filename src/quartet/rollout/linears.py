@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from quartet import kernels
 from quartet.distributed import is_share
+from quartet.kernels import gpu_decoding
 from quartet.kernels.library import are_real
 from quartet.models.linears import FastLinear, FastLoraLinear, is_hooked, is_replaced
 from quartet.models.low_rank import add_upright, upright, with_low_rank
 from quartet.models.precision import on_cpu
 from quartet.models.products import has_kernels, linear_product
+from quartet.rollout.copies import copy_into, rooms_of
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -38,7 +40,9 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
     training where these are faster, else with oneDNN, or all where there are no kernels. torch multiplies float32 matrices
     with MKL, which is 1.3 to 3 times slower on processors whose widest vectors it leaves unused. Where the weights are
     float32 and the computation is in bfloat16, autocast would convert all weights in every step: here each is converted
-    once, and the copy is dropped at the end (2 bytes for each weight meanwhile).
+    once, and the copy is dropped at the end (2 bytes for each weight meanwhile). On a GPU autocast would keep such copies of
+    trained weights too; made here, those of layers with the same states lie one below the other, as do those of merged
+    layers, and a decoding step multiplies with them at once.
 
     Weights that are fetched for each use, quantized layers, GPT-2's Conv1D, LoRA variants and layers whose forward another
     library has replaced stay as they are.
@@ -50,17 +54,18 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, adapter: str | None, *, m
     """
     changed: list[nn.Module] = []
     inside: set[nn.Module] = set()  # of layers that compute without them
+    rooms = rooms_of(model, partial(_copied, dtype=dtype, adapter=adapter if merged else None), dtype)
     try:
         for module in model.modules():
             forward = None
             if is_replaced(module) or module in inside:
                 continue
             if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
-                forward = _linear_forward(module, dtype)
+                forward = _linear_forward(module, dtype, rooms.get(module))
             elif (
                 isinstance(module, LoraLinear) and type(module) in (LoraLinear, FastLoraLinear) and adapter is not None
             ):
-                forward = _merged_forward(module, dtype, adapter) if merged else None
+                forward = _merged_forward(module, dtype, adapter, rooms.get(module)) if merged else None
                 if forward is not None:
                     inside.update(module.modules())
                 else:
@@ -107,6 +112,11 @@ class WithAdapter:
         self._most = 0 if self.parts is None else kernels.FEW * low.shape[1]
         self._down, self._up = (upright(low), upright(high)) if self.parts is None else (low.t(), high.t())
 
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """A `[r, in]`, and B `[out, r]` with the adapter's scale in it."""
+        return self._down.t(), self._up.t()
+
     def __call__(self, states: Tensor) -> Tensor:
         """Of states `[..., in]`."""
         parts = self.parts if 0 < states.numel() <= self._most else None
@@ -127,28 +137,39 @@ class WithAdapter:
         return result
 
 
-def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
-    """What a layer computes with under `fast_linears`, where there are kernels for it; None where it has to be called."""
+def weights_in(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
+    """What a layer computes with under `fast_linears`, wherever that lies; None where it has to be called."""
     forward = module.__dict__.get("forward")
     found = None
     if isinstance(forward, Product):
         found = forward.layer
-    elif isinstance(forward, WithAdapter) and forward.parts is not None:
-        base, (down, up) = linear_of(forward.base, dtype), forward.parts
-        found = None if base is None else kernels.Linear(base.weight, base.bias, down.weight, up.weight)
+    elif isinstance(forward, WithAdapter):
+        base = weights_in(forward.base, dtype)
+        if base is not None and base.down is None:
+            found = kernels.Linear(base.weight, base.bias, *forward.low_rank)
     elif forward is None and isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
         weight, bias = module.weight, module.bias
         if _is_here(weight) and weight.dtype == dtype:
             found = kernels.Linear(weight.detach(), None if bias is None else bias.detach().float())
-    return found if found is not None and found.weight.dtype == dtype and found.fits() else None
+    return found if found is not None and found.weight.dtype == dtype else None
 
 
-def _linear_forward(module: nn.Linear, dtype: torch.dtype) -> Forward | None:
+def linear_of(module: nn.Module, dtype: torch.dtype) -> kernels.Linear | None:
+    """The same, where there are kernels for it on the CPU."""
+    found = weights_in(module, dtype)
+    return found if found is not None and found.fits() else None
+
+
+def _linear_forward(module: nn.Linear, dtype: torch.dtype, room: Tensor | None) -> Forward | None:
     weight = module.weight
     if not are_real(weight):  # in a plan; a layer with a forward of its own is computed by itself there, as in the run
         return partial(nn.Linear.forward, module) if dtype == torch.float32 and _is_wide(weight) else None
     if not _is_here(weight) or weight.dtype not in (torch.float32, dtype):
         return None
+    if _is_converted(weight, dtype):
+        narrow = copy_into(room, weight.detach(), dtype)
+        bias = None if module.bias is None else module.bias.detach().to(dtype)
+        return Product(narrow, bias, partial(_plain, narrow, bias))
     return _product(weight.detach(), module.bias, dtype)
 
 
@@ -174,19 +195,50 @@ def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Forward
     return partial(_packed, packed, bias)
 
 
-def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str) -> Forward | None:
+def _merged_forward(module: LoraLinear, dtype: torch.dtype, adapter: str, room: Tensor | None = None) -> Forward | None:
     """The layer as one product, with `W + s B A` in place of W (arXiv 2106.09685)."""
     base: Any = module.base_layer
-    found = _plain_adapter(module, adapter)
-    if found is None or type(base) not in (nn.Linear, FastLinear) or is_replaced(base) or is_share(base.weight):
+    found = _mergeable(module, adapter)
+    if found is None:
         return None
     low, high = found
     with torch.autocast(base.weight.device.type, enabled=False):
         whole = torch.addmm(
             base.weight.detach().float(), high.detach().float(), low.detach().float(), alpha=module.scaling[adapter]
-        ).to(dtype)
+        )
+        whole = copy_into(room, whole, dtype)
     bias = None if base.bias is None else base.bias.detach().to(dtype)
     return _product(whole, bias, dtype) or Product(whole, bias, partial(_plain, whole, bias))
+
+
+def _mergeable(module: LoraLinear, adapter: str) -> tuple[Tensor, Tensor] | None:
+    """A and B of an adapter that can be added to a copy of the layer's weight."""
+    base: Any = module.base_layer
+    if type(base) not in (nn.Linear, FastLinear) or is_replaced(base) or is_share(base.weight):
+        return None
+    return _plain_adapter(module, adapter)
+
+
+def _copied(module: nn.Module, dtype: torch.dtype, adapter: str | None) -> Tensor | None:
+    """The weight that a layer on a GPU multiplies with a copy of; None where it does with none.
+
+    Args:
+        adapter: added to copies.
+    """
+    if is_replaced(module):
+        return None
+    if isinstance(module, nn.Linear) and type(module) in (nn.Linear, FastLinear):
+        return module.weight if _is_here(module.weight) and _is_converted(module.weight, dtype) else None
+    if adapter is None or not isinstance(module, LoraLinear) or type(module) not in (LoraLinear, FastLoraLinear):
+        return None
+    base: Any = module.base_layer
+    return base.weight if _mergeable(module, adapter) and gpu_decoding.usable(base.weight) else None
+
+
+def _is_converted(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies with a copy in bfloat16: of weights of which autocast would keep one, which are trained."""
+    narrowed = dtype == torch.bfloat16 and weight.dtype == torch.float32
+    return narrowed and weight.requires_grad and gpu_decoding.usable(weight)
 
 
 def _plain(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from quartet.models.as_in_training import as_in_training
 from quartet.models.precision import on_cpu
 from quartet.models.roles import LanguageView
 from quartet.rollout.compiled import CompiledStep, compiled_step
+from quartet.rollout.gpu_step import GpuStep, gpu_step
 from quartet.rollout.linears import fast_linears
 from quartet.rollout.static_cache import NotDrivable, RowCache, decode_masks, layer_patterns
 
@@ -33,7 +34,7 @@ class Decoder:
         self._transformer = backbone.transformer
         self._patterns = layer_patterns(backbone.model.config)
         self._dtype = backbone.dtype
-        self._steps: WeakKeyDictionary[RowCache, CompiledStep | None] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[RowCache, CompiledStep | GpuStep | None] = WeakKeyDictionary()
         self.compiles = True
         """Take a compiled step where there is one."""
         if "position_ids" not in inspect.signature(self._transformer.forward).parameters:
@@ -85,12 +86,17 @@ class Decoder:
         states: Tensor = output.last_hidden_state
         return states[:, -1]
 
-    def _compiled(self, cache: RowCache) -> CompiledStep | None:
-        """The step over a cache as one kernel, where there is one; looked for when the cache is first decoded over."""
+    def prepare(self, cache: RowCache) -> None:
+        """Make what steps over a cache that holds prompts need, before one of them is recorded."""
+        self._compiled(cache)
+
+    def _compiled(self, cache: RowCache) -> CompiledStep | GpuStep | None:
+        """The step over a cache in few kernels, where there is one; looked for when the cache is first decoded over."""
         if not self.compiles:
             return None
         if cache not in self._steps:
-            self._steps[cache] = compiled_step(self._transformer, self._patterns, cache, self._dtype)
+            given = self._transformer, self._patterns, cache, self._dtype
+            self._steps[cache] = compiled_step(*given) or gpu_step(*given)
         return self._steps[cache]
 
 

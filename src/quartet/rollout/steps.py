@@ -121,6 +121,7 @@ class RecordedSteps(Steps):
             if self._record is None:
                 return self._padded(rows, columns, greedy)
             try:
+                self._decoder.prepare(self._cache)
                 self._known[key] = self._record(lambda: self._padded(rows, columns, greedy))
             except Exception as error:
                 if self._on_failure is None:
