@@ -1,6 +1,6 @@
 """A decoding step on a GPU in few kernels, for transformers that are known to compute what it computes.
 
-Between the matrix products of a layer run four kernels (`kernels/gpu_decoding.py`) where a library's layer runs dozens. All
+Between the matrix products of a layer run five kernels (`kernels/gpu_decoding.py`) where a library's layer runs dozens. All
 that a step needs is known before it starts, so that it can be recorded as a CUDA graph.
 """
 
