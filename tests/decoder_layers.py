@@ -78,17 +78,17 @@ def fast(model: Any, *, last: bool) -> Any:
     return made
 
 
-def layout(*, packed: bool = True, multiple: int = 1) -> Layout:
+def layout(*, packed: bool = True, multiple: int = 1, device: str = "cpu") -> Layout:
     torch.manual_seed(2)
-    ids = torch.randint(0, SIZES["vocab_size"], (len(PROMPTS), 16))
-    of_rows = torch.tensor(PROMPTS), torch.tensor(RESPONSES)
+    ids = torch.randint(0, SIZES["vocab_size"], (len(PROMPTS), 16)).to(device)
+    of_rows = torch.tensor(PROMPTS, device=device), torch.tensor(RESPONSES, device=device)
     sequences = Sequences(ids, *of_rows, prompts=PROMPTS, responses=RESPONSES)
     return PackedLayout.of(sequences, multiple) if packed else Layout.padded(sequences)
 
 
 def states(model: Any, laid_out: Layout, trained: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Of the tokens that are read."""
-    computed = AdapterSwitch(model).on("one" if TRAINED[trained] else None), autocast(torch.device("cpu"), dtype)
+    computed = AdapterSwitch(model).on("one" if TRAINED[trained] else None), autocast(model.device, dtype)
     with computed[0], computed[1], one_sequence_a_row(), laid_out.active():
         hidden = model.model(**laid_out.arguments, use_cache=False).last_hidden_state
     found = laid_out.states(hidden)
@@ -101,7 +101,7 @@ def run(model: Any, laid_out: Layout, trained: str, dtype: torch.dtype = torch.f
     found = states(model, laid_out, trained, dtype)
     torch.manual_seed(3)
     model.zero_grad()
-    (found * torch.randn(found.shape)).sum().backward()
+    (found * torch.randn(found.shape).to(found.device)).sum().backward()
     return {"": found.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 

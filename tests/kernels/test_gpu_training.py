@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels import DEVICE
 from quartet.kernels import gpu_training
-from triton_kernels import DEVICE, needs_triton
 
-pytestmark = needs_triton
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 """Relative to the largest number: the rounding of a result."""
 

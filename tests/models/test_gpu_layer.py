@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from decoder_layers import TRAINED, fast, in_parts, layout, model_of, run, states
+from gpu_kernels import DEVICE
 from quartet.kernels import flash
 from quartet.models import gpu_layer
 from quartet.models.as_in_training import as_in_training
 from quartet.models.gradients import IN_PLACE
 from quartet.models.precision import planned_for
-from triton_kernels import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1, and no GPU")
 NEAR = 0.03
 """Norm of the error over that of what is expected: some roundings to bfloat16, of 0.004 each at the most. Gradients that come
 of large numbers which cancel out may be off by more, but not by much more than those of the layer's parts in bfloat16."""
@@ -54,9 +53,11 @@ def attention_gradient(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, T
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if DEVICE == "cuda":
+        yield
+        return
     monkeypatch.setattr(flash, "attention", attention)
     monkeypatch.setattr(flash, "attention_gradient", attention_gradient)
-    monkeypatch.setattr(flash, "fits", lambda *_: True)
     torch.set_num_threads(1)
     with planned_for("cuda"):
         yield
@@ -73,27 +74,27 @@ def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor], parts: dict[
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "biased"])
 def test_numbers_are_the_librarys_in_float64(family: str, trained: str, last: bool, taken: list[bool]) -> None:
-    plain = model_of(family, trained)
+    plain = model_of(family, trained).to(DEVICE)
     model = fast(plain, last=last)
-    found = run(model, layout(), trained, torch.bfloat16)
+    found = run(model, layout(device=DEVICE), trained, torch.bfloat16)
     assert taken == [True] * 3
     with in_parts():
-        parts = run(model, layout(), trained, torch.bfloat16)
-    assert_near(found, run(plain.double(), layout(packed=False), trained), parts)
+        parts = run(model, layout(device=DEVICE), trained, torch.bfloat16)
+    assert_near(found, run(plain.double(), layout(packed=False, device=DEVICE), trained), parts)
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
 def test_gradients_added_in_place(trained: str) -> None:
     """Of two microbatches, the second time in the memory of the first."""
-    model = fast(model_of("llama", trained), last=True)
-    once = run(model, layout(), trained, torch.bfloat16)
+    model = fast(model_of("llama", trained).to(DEVICE), last=True)
+    once = run(model, layout(device=DEVICE), trained, torch.bfloat16)
     with IN_PLACE.added():
         for reset in range(2):
             IN_PLACE.reset(model.parameters(), reuse=True)
             for count in (1, 2):
-                found = states(model, layout(), trained, torch.bfloat16)
+                found = states(model, layout(device=DEVICE), trained, torch.bfloat16)
                 torch.manual_seed(3)
-                (found * torch.randn(found.shape)).sum().backward()
+                (found * torch.randn(found.shape).to(DEVICE)).sum().backward()
                 gradients = {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
                 assert once.keys() == {"", *gradients}, (reset, count)
                 for name, gradient in gradients.items():
@@ -101,39 +102,39 @@ def test_gradients_added_in_place(trained: str) -> None:
 
 
 def test_adapters_on_weights_of_bfloat16() -> None:
-    plain = model_of("llama", "lora")
+    plain = model_of("llama", "lora").to(DEVICE)
     model = fast(plain, last=True)
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         if not other.requires_grad:
             other.data = other.data.bfloat16()
         one.data = other.data.double()
-    found = run(model, layout(), "lora", torch.bfloat16)
+    found = run(model, layout(device=DEVICE), "lora", torch.bfloat16)
     with in_parts():
-        parts = run(model, layout(), "lora", torch.bfloat16)
-    assert_near(found, run(plain.double(), layout(packed=False), "lora"), parts)
+        parts = run(model, layout(device=DEVICE), "lora", torch.bfloat16)
+    assert_near(found, run(plain.double(), layout(packed=False, device=DEVICE), "lora"), parts)
 
 
 def test_without_gradients_the_same_numbers(taken: list[bool]) -> None:
-    model = fast(model_of("llama"), last=True)
-    found = run(model, layout(), "full", torch.bfloat16)[""]
+    model = fast(model_of("llama").to(DEVICE), last=True)
+    found = run(model, layout(device=DEVICE), "full", torch.bfloat16)[""]
     with torch.no_grad(), as_in_training():
-        again = states(model, layout(), "full", torch.bfloat16)
+        again = states(model, layout(device=DEVICE), "full", torch.bfloat16)
     assert taken == [True] * 6
     assert torch.equal(again, found)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gelu"])
 def test_others_are_computed_part_by_part(family: str, taken: list[bool]) -> None:
-    model = fast(model_of(family), last=False)
-    found = run(model, layout(), "full", torch.bfloat16)
+    model = fast(model_of(family).to(DEVICE), last=False)
+    found = run(model, layout(device=DEVICE), "full", torch.bfloat16)
     assert taken == [False] * 3
     with in_parts():
-        parts = run(model, layout(), "full", torch.bfloat16)
+        parts = run(model, layout(device=DEVICE), "full", torch.bfloat16)
     assert all(torch.equal(found[name], parts[name]) for name in parts)
 
 
 def test_float32_is_left_alone(taken: list[bool]) -> None:
-    run(fast(model_of("llama"), last=False), layout(), "full")
+    run(fast(model_of("llama").to(DEVICE), last=False), layout(device=DEVICE), "full")
     assert taken == [False] * 3
 
 
