@@ -11,8 +11,8 @@ from torch import Tensor
 
 from decoder_layers import TRAINED, fast, in_parts, layout, model_of, run, states
 from gpu_kernels import DEVICE
-from quartet.kernels import flash
-from quartet.models import gpu_layer
+from quartet.kernels import flash, gpu_training
+from quartet.models import gpu_check, gpu_layer
 from quartet.models.as_in_training import as_in_training
 from quartet.models.gradients import IN_PLACE
 from quartet.models.precision import planned_for
@@ -140,3 +140,25 @@ def test_float32_is_left_alone(taken: list[bool]) -> None:
 
 def test_every_linear_layer_is_in_a_group() -> None:
     assert sorted(number for group in gpu_layer.TOGETHER for number in group) == list(range(7))
+
+
+def test_the_pass_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device(DEVICE)
+    gpu_check.works.cache_clear()
+    assert gpu_check.works(device)
+    assert caplog.messages == []
+
+    def half(*given: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        by_states, by_weight = gradient(*given, **kwargs)
+        return by_states / 2, by_weight
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler\nhere")
+
+    gradient = gpu_training.rms_norm_gradient
+    for broken, reason in ((half, "its numbers are off by"), (fails, "it fails with RuntimeError: no compiler here")):
+        monkeypatch.setattr(gpu_training, "rms_norm_gradient", broken)
+        gpu_check.works.cache_clear()
+        assert not gpu_check.works(device)
+        assert reason in caplog.messages[-1]
+    gpu_check.works.cache_clear()

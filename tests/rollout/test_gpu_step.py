@@ -14,7 +14,7 @@ import torch
 from transformers import GraniteConfig, LlamaConfig
 
 from gpu_kernels import DEVICE
-from quartet.kernels import gpu_decoding
+from quartet.kernels import gpu
 from quartet.models.roles import LanguageView
 from quartet.rollout import static_decoder
 from quartet.rollout.copies import as_one
@@ -249,7 +249,7 @@ def test_what_is_more_or_elsewhere_is_computed_by_layers(monkeypatch: pytest.Mon
     layer.mlp.down_proj.forward = layer.mlp.down_proj.forward  # another library's
     assert step_of(policy) is None
     del layer.mlp.down_proj.forward
-    monkeypatch.setattr(gpu_decoding, "usable", lambda _: False)
+    monkeypatch.setattr(gpu, "usable", lambda _: False)
     assert step_of(policy) is None
 
 

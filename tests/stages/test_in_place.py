@@ -56,10 +56,10 @@ def test_the_weights_move_alike(
     taken = []
     takes = IN_PLACE.takes
     with monkeypatch.context() as patch:
-        patch.setattr(IN_PLACE, "takes", lambda weight: takes(weight) and not taken.append(weight))  # type: ignore[func-returns-value]
+        patch.setattr(IN_PLACE, "takes", lambda weight, **on: takes(weight, **on) and not taken.append(weight))  # type: ignore[func-returns-value]
         in_place = moved(values)
     assert taken
-    monkeypatch.setattr(IN_PLACE, "takes", lambda _: False)
+    monkeypatch.setattr(IN_PLACE, "takes", lambda *_, **__: False)
     by_autograd = moved(values)
     before = trained(Pipeline(values))
     for found in (in_place, by_autograd):
@@ -75,7 +75,7 @@ def test_key_biases_move_alike(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatc
     values = tiny_run("gpt2", **SEVERAL)
     in_place = moved(values, torch.float64)
     assert in_place["policy transformer.h.1.attn.c_attn.bias"].dtype == torch.float64
-    monkeypatch.setattr(IN_PLACE, "takes", lambda _: False)
+    monkeypatch.setattr(IN_PLACE, "takes", lambda *_, **__: False)
     torch.testing.assert_close(in_place, moved(values, torch.float64), rtol=0, atol=1e-9)
 
 

@@ -6,23 +6,10 @@ from memory when a kernel runs. Numbers are computed in float32 and rounded once
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from quartet.kernels.library import are_real
-
-triton: Any = None
-tl: Any = None
-try:
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-except ImportError:
-    pass
-constexpr = Any
-"""Triton compiles a kernel for each value of an argument that is annotated so; it goes by the name."""
+from quartet.kernels.gpu import jit, power_of_two, tl
 
 FEWEST_OF_A_TILE = 16
 """Sides of a product of tiles are filled up to so many."""
@@ -30,14 +17,8 @@ _BYTES_OF_A_BLOCK = 16384
 """Keys that a program of `attend` reads at once: with as many values, and the next of both on their way, 64 KiB."""
 
 
-def _jit(kernel: Any) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
-def _add_norm(
-    states: Any, delta: Any, weight: Any, out: Any, eps: Any, ADDS: constexpr, SIZE: constexpr, BLOCK: constexpr
-) -> None:
+@jit
+def _add_norm(states, delta, weight, out, eps, ADDS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * SIZE
     place = tl.arange(0, BLOCK)
     inside = place < SIZE
@@ -52,12 +33,12 @@ def _add_norm(
     tl.store(out + row + place, found.to(out.dtype.element_ty), mask=inside)
 
 
-@_jit
+@jit
 def _rotate_and_store(
-    query: Any, key: Any, value: Any, keys: Any, values: Any, cosines: Any, sines: Any, positions: Any,
-    query_norm: Any, key_norm: Any, query_row: Any, key_row: Any, value_row: Any, columns: Any, eps: Any,
-    NORMED: constexpr, HEADS: constexpr, SHARED: constexpr, SIZE: constexpr, BLOCK: constexpr,
-) -> None:  # fmt: skip
+    query, key, value, keys, values, cosines, sines, positions,
+    query_norm, key_norm, query_row, key_row, value_row, columns, eps,
+    NORMED: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A program for each row and head: the heads of queries, then of keys, then of values."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -98,12 +79,12 @@ def _rotate_and_store(
         tl.store(kept + half, turned.to(keys.dtype.element_ty), mask=inside)
 
 
-@_jit
+@jit
 def _attend(
-    query: Any, keys: Any, values: Any, positions: Any, out: Any, query_row: Any, columns: Any, scaling: Any,
-    WINDOW: constexpr, SHARED: constexpr, GROUP: constexpr, SIZE: constexpr,
-    SIDE: constexpr, WIDTH: constexpr, BLOCK: constexpr,
-) -> None:  # fmt: skip
+    query, keys, values, positions, out, query_row, columns, scaling,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    SIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A program for each row and head of keys; the softmax goes along over blocks of columns (arXiv 1805.02867)."""
     row = tl.program_id(0).to(tl.int64)
     shared = tl.program_id(1)
@@ -142,8 +123,8 @@ def _attend(
     tl.store(result, mixed.to(out.dtype.element_ty), mask=within)
 
 
-@_jit
-def _silu_product(gate: Any, up: Any, out: Any, gate_row: Any, up_row: Any, SIZE: constexpr, BLOCK: constexpr) -> None:
+@jit
+def _silu_product(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
@@ -151,25 +132,6 @@ def _silu_product(gate: Any, up: Any, out: Any, gate_row: Any, up_row: Any, SIZE
     found = found / (1.0 + tl.exp(-found))
     found *= tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * SIZE + place, found.to(out.dtype.element_ty), mask=inside)
-
-
-def available() -> bool:
-    """Whether Triton is there, with a GPU or its interpreter to run on."""
-    return triton is not None and (torch.cuda.is_available() or is_interpreted())
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs kernels by its interpreter (`TRITON_INTERPRET=1`), as in tests: those of the CPU too."""
-    return triton is not None and not isinstance(_add_norm, triton.runtime.JITFunction)
-
-
-def usable(tensor: Tensor) -> bool:
-    """Whether these kernels compute with a tensor: on a GPU that multiplies in bfloat16; under the interpreter anywhere."""
-    if not available() or not are_real(tensor):
-        return False
-    if is_interpreted():
-        return True
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 def add_norm(states: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -186,7 +148,7 @@ def add_norm(states: Tensor, delta: Tensor | None, weight: Tensor, eps: float, d
     """
     rows, size = states.shape
     out = torch.empty_like(states, dtype=dtype)
-    block = _power_of_two(size)
+    block = power_of_two(size)
     added = states if delta is None else delta
     _add_norm[(rows,)](
         states, added, weight, out, eps,
@@ -225,7 +187,7 @@ def rotate_and_store(
     _rotate_and_store[(len(query), heads + 2 * shared)](
         query, key, value, keys, values, *angles, positions, of_query, of_key,
         query.stride(0), key.stride(0), value.stride(0), columns, eps,
-        NORMED=norms is not None, HEADS=heads, SHARED=shared, SIZE=size, BLOCK=_power_of_two(size // 2), num_warps=1,
+        NORMED=norms is not None, HEADS=heads, SHARED=shared, SIZE=size, BLOCK=power_of_two(size // 2), num_warps=1,
     )  # fmt: skip
 
 
@@ -247,13 +209,13 @@ def attend(
     """
     _, shared, columns, size = keys.shape
     group = query.shape[1] // (shared * size)
-    width = max(FEWEST_OF_A_TILE, _power_of_two(size))
+    width = max(FEWEST_OF_A_TILE, power_of_two(size))
     block = min(128, max(FEWEST_OF_A_TILE, _BYTES_OF_A_BLOCK // (width * keys.element_size())))
     out = query.new_empty(query.shape)
     _attend[(len(query), shared)](
         query, keys, values, positions, out, query.stride(0), columns, scaling,
         WINDOW=window or 0, SHARED=shared, GROUP=group, SIZE=size,
-        SIDE=max(FEWEST_OF_A_TILE, _power_of_two(group)), WIDTH=width, BLOCK=block, num_warps=4, num_stages=2,
+        SIDE=max(FEWEST_OF_A_TILE, power_of_two(group)), WIDTH=width, BLOCK=block, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -269,12 +231,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         `[n, I]` without gaps, in the dtype of the gate.
     """
     rows, size = gate.shape
-    block = min(1024, _power_of_two(size))
+    block = min(1024, power_of_two(size))
     out = gate.new_empty(gate.shape)
     _silu_product[(rows, -(-size // block))](gate, up, out, gate.stride(0), up.stride(0), SIZE=size, BLOCK=block)
     return out
-
-
-def _power_of_two(count: int) -> int:
-    """The next power of two, one at the least."""
-    return 1 << (count - 1).bit_length()

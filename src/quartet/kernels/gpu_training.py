@@ -5,19 +5,12 @@ Numbers are computed in float32 and rounded once. A tensor that only stands for 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from quartet.kernels.gpu import jit, power_of_two, tl
 from quartet.kernels.library import are_real
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 ROW_LIMIT = 16384
 """Numbers of a row that one program holds."""
@@ -25,11 +18,6 @@ PARTS = 256
 """Programs that share the rows of a norm's gradient, where each sums up the weight's."""
 BLOCK = 1024
 """Numbers that a program of the gated product takes."""
-
-
-def are_there() -> bool:
-    """Whether there is a Triton to compile the kernels."""
-    return triton is not None
 
 
 def norm_fits(states: Tensor) -> bool:
@@ -56,7 +44,7 @@ def rms_norm(
     sums = states if also is None else torch.empty_like(states)
     scales = states.new_empty(rows, dtype=torch.float32)
     if rows and are_real(states):
-        block = triton.next_power_of_2(features)
+        block = power_of_two(features)
         _norm[(rows,)](
             *(states, states if also is None else also, sums, weight, out, scales),
             *(features, eps),
@@ -82,7 +70,7 @@ def rms_norm_gradient(
     programs = min(rows, PARTS) if of_weight else rows
     parts = weight.new_zeros(programs, features, dtype=torch.float32) if of_weight else None
     if rows and are_real(states, gradient):
-        block = triton.next_power_of_2(features)
+        block = power_of_two(features)
         _norm_gradient[(programs,)](
             *(gradient, states, weight, scales, states if also is None else also, by_states),
             *(by_states if parts is None else parts, rows, features),
@@ -108,8 +96,8 @@ def turn(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor, *, back: bo
             _turn[(tokens,)](
                 *(heads, cosines, sines, heads.stride(0), heads.shape[1], width // 2),
                 BACK=back,
-                HEADS=triton.next_power_of_2(heads.shape[1]),
-                HALF=triton.next_power_of_2(width // 2),
+                HEADS=power_of_two(heads.shape[1]),
+                HALF=power_of_two(width // 2),
             )
     increment_version((query, key))
 
@@ -119,7 +107,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if gate.numel() and are_real(gate, up):
         count = gate.numel()
-        _silu[(triton.cdiv(count, BLOCK),)](gate, up, out, count, BLOCK=BLOCK)
+        _silu[(-(-count // BLOCK),)](gate, up, out, count, BLOCK=BLOCK)
     return out
 
 
@@ -130,7 +118,7 @@ def silu_gradient(by_product: Tensor, gate: Tensor, up: Tensor) -> None:
     """
     if gate.numel() and are_real(gate, up, by_product):
         count = gate.numel()
-        _silu_gradient[(triton.cdiv(count, BLOCK),)](by_product, gate, up, count, BLOCK=BLOCK)
+        _silu_gradient[(-(-count // BLOCK),)](by_product, gate, up, count, BLOCK=BLOCK)
     increment_version((by_product, gate, up))
 
 
@@ -138,123 +126,125 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-if triton is not None:
+@jit
+def _norm(
+    states,
+    also,
+    sums,
+    weight,
+    out,
+    scales,
+    features,
+    eps,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    real = column < features
+    place = row * features + column
+    x = tl.load(states + place, mask=real, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(also + place, mask=real, other=0.0).to(tl.float32)
+        x = x.to(sums.dtype.element_ty)
+        tl.store(sums + place, x, mask=real)
+        x = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / features + eps)
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + place, (x * scale * w).to(out.dtype.element_ty), mask=real)
+    tl.store(scales + row, scale)
 
-    @triton.jit
-    def _norm(
-        states: Any,
-        also: Any,
-        sums: Any,
-        weight: Any,
-        out: Any,
-        scales: Any,
-        features: Any,
-        eps: Any,
-        ADDS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        real = column < features
-        place = row * features + column
+
+@jit
+def _norm_gradient(
+    gradient,
+    states,
+    weight,
+    scales,
+    also,
+    by_states,
+    parts,
+    rows,
+    features,
+    ADDS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    real = column < features
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    by_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    place = first.to(tl.int64) * features + column
+    for row in range(first, rows, tl.num_programs(0)):
+        g = tl.load(gradient + place, mask=real, other=0.0).to(tl.float32)
         x = tl.load(states + place, mask=real, other=0.0).to(tl.float32)
+        scale = tl.load(scales + row)
+        normal = x * scale
+        slope = g * w
+        along = tl.sum(slope * normal, 0) / features
+        found = (slope - normal * along) * scale
         if ADDS:
-            x += tl.load(also + place, mask=real, other=0.0).to(tl.float32)
-            x = x.to(sums.dtype.element_ty)
-            tl.store(sums + place, x, mask=real)
-            x = x.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / features + eps)
-        w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + place, (x * scale * w).to(out.dtype.element_ty), mask=real)
-        tl.store(scales + row, scale)
-
-    @triton.jit
-    def _norm_gradient(
-        gradient: Any,
-        states: Any,
-        weight: Any,
-        scales: Any,
-        also: Any,
-        by_states: Any,
-        parts: Any,
-        rows: Any,
-        features: Any,
-        ADDS: tl.constexpr,
-        SUMS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ) -> None:
-        first = tl.program_id(0)
-        column = tl.arange(0, BLOCK)
-        real = column < features
-        w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-        by_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-        place = first.to(tl.int64) * features + column
-        for row in range(first, rows, tl.num_programs(0)):
-            g = tl.load(gradient + place, mask=real, other=0.0).to(tl.float32)
-            x = tl.load(states + place, mask=real, other=0.0).to(tl.float32)
-            scale = tl.load(scales + row)
-            normal = x * scale
-            slope = g * w
-            along = tl.sum(slope * normal, 0) / features
-            found = (slope - normal * along) * scale
-            if ADDS:
-                found += tl.load(also + place, mask=real, other=0.0).to(tl.float32)
-            tl.store(by_states + place, found.to(by_states.dtype.element_ty), mask=real)
-            if SUMS:
-                by_weight += g * normal
-            place += tl.num_programs(0) * features
+            found += tl.load(also + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(by_states + place, found.to(by_states.dtype.element_ty), mask=real)
         if SUMS:
-            tl.store(parts + first.to(tl.int64) * features + column, by_weight, mask=real)
+            by_weight += g * normal
+        place += tl.num_programs(0) * features
+    if SUMS:
+        tl.store(parts + first.to(tl.int64) * features + column, by_weight, mask=real)
 
-    @triton.jit
-    def _turn(
-        states: Any,
-        cosines: Any,
-        sines: Any,
-        stride: Any,
-        heads: Any,
-        half: Any,
-        BACK: tl.constexpr,
-        HEADS: tl.constexpr,
-        HALF: tl.constexpr,
-    ) -> None:
-        token = tl.program_id(0).to(tl.int64)
-        head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-        there = column < half
-        real = (head < heads) & there
-        angle = token * 2 * half + column
-        cos1 = tl.load(cosines + angle, mask=there, other=0.0).to(tl.float32)
-        cos2 = tl.load(cosines + angle + half, mask=there, other=0.0).to(tl.float32)
-        sin1 = tl.load(sines + angle, mask=there, other=0.0).to(tl.float32)
-        sin2 = tl.load(sines + angle + half, mask=there, other=0.0).to(tl.float32)
-        place = states + token * stride + head * 2 * half + column
-        first = tl.load(place, mask=real, other=0.0).to(tl.float32)
-        second = tl.load(place + half, mask=real, other=0.0).to(tl.float32)
-        if BACK:
-            turned1, turned2 = first * cos1 + second * sin2, second * cos2 - first * sin1
-        else:
-            turned1, turned2 = first * cos1 - second * sin1, second * cos2 + first * sin2
-        tl.store(place, turned1.to(states.dtype.element_ty), mask=real)
-        tl.store(place + half, turned2.to(states.dtype.element_ty), mask=real)
 
-    @triton.jit
-    def _silu(gate: Any, up: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        real = place < count
-        g = tl.load(gate + place, mask=real, other=0.0).to(tl.float32)
-        u = tl.load(up + place, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=real)
+@jit
+def _turn(
+    states,
+    cosines,
+    sines,
+    stride,
+    heads,
+    half,
+    BACK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    there = column < half
+    real = (head < heads) & there
+    angle = token * 2 * half + column
+    cos1 = tl.load(cosines + angle, mask=there, other=0.0).to(tl.float32)
+    cos2 = tl.load(cosines + angle + half, mask=there, other=0.0).to(tl.float32)
+    sin1 = tl.load(sines + angle, mask=there, other=0.0).to(tl.float32)
+    sin2 = tl.load(sines + angle + half, mask=there, other=0.0).to(tl.float32)
+    place = states + token * stride + head * 2 * half + column
+    first = tl.load(place, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(place + half, mask=real, other=0.0).to(tl.float32)
+    if BACK:
+        turned1, turned2 = first * cos1 + second * sin2, second * cos2 - first * sin1
+    else:
+        turned1, turned2 = first * cos1 - second * sin1, second * cos2 + first * sin2
+    tl.store(place, turned1.to(states.dtype.element_ty), mask=real)
+    tl.store(place + half, turned2.to(states.dtype.element_ty), mask=real)
 
-    @triton.jit
-    def _silu_gradient(by_product: Any, gate: Any, up: Any, count: Any, BLOCK: tl.constexpr) -> None:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        real = place < count
-        by = tl.load(by_product + place, mask=real, other=0.0).to(tl.float32)
-        g = tl.load(gate + place, mask=real, other=0.0).to(tl.float32)
-        u = tl.load(up + place, mask=real, other=0.0).to(tl.float32)
-        share = tl.sigmoid(g)
-        active = g * share
-        slope = share + active * (1.0 - share)
-        tl.store(gate + place, (by * u * slope).to(gate.dtype.element_ty), mask=real)
-        tl.store(up + place, (by * active).to(up.dtype.element_ty), mask=real)
-        tl.store(by_product + place, (active * u).to(by_product.dtype.element_ty), mask=real)
+
+@jit
+def _silu(gate, up, out, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = place < count
+    g = tl.load(gate + place, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=real)
+
+
+@jit
+def _silu_gradient(by_product, gate, up, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = place < count
+    by = tl.load(by_product + place, mask=real, other=0.0).to(tl.float32)
+    g = tl.load(gate + place, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=real, other=0.0).to(tl.float32)
+    share = tl.sigmoid(g)
+    active = g * share
+    slope = share + active * (1.0 - share)
+    tl.store(gate + place, (by * u * slope).to(gate.dtype.element_ty), mask=real)
+    tl.store(up + place, (by * active).to(up.dtype.element_ty), mask=real)
+    tl.store(by_product + place, (active * u).to(by_product.dtype.element_ty), mask=real)

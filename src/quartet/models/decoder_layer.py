@@ -15,7 +15,8 @@ from quartet.models.as_in_training import computes_as_in_training
 from quartet.models.attention import NAME
 from quartet.models.gated import is_silu
 from quartet.models.gated_mlp import by_kernels, in_one_pass
-from quartet.models.gpu_layer import GpuLayerPass, on_gpu
+from quartet.models.gpu_check import works
+from quartet.models.gpu_layer import GpuLayerPass, fits_gpu
 from quartet.models.known import ATTENTION, LAYER, MLP, NORM, NORMED_ATTENTION, library_kind, own_class
 from quartet.models.layer_pass import LayerPass, Rest
 from quartet.models.layout import PackedLayout, packed_now
@@ -109,7 +110,8 @@ def _fits_gpu(states: Tensor, attention: Any, linears: Sequence[Weights]) -> boo
         return False
     size = attention.head_dim
     heads, key_heads = (len(layer.weight) // size for layer in linears[:2])
-    return on_gpu(states, torch.bfloat16, heads, key_heads, size)
+    fits = fits_gpu(states, torch.bfloat16, heads, key_heads, size)
+    return fits and (not states.is_cuda or works(states.device))
 
 
 @cache

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quartet.models.gradients import IN_PLACE
-from quartet.models.precision import on_cpu
 
 
 class FastEmbedding(nn.Embedding):
@@ -19,7 +18,7 @@ class FastEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the weight: `[..., features]`."""
         plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if plain and torch.is_grad_enabled() and on_cpu(self.weight) and IN_PLACE.takes(self.weight):
+        if plain and torch.is_grad_enabled() and IN_PLACE.takes(self.weight):
             apply: Callable[..., Tensor] = _Lookup.apply
             return apply(input, self.weight, self.padding_idx)
         return super().forward(input)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.kernels import flash, gpu_training
+from quartet.kernels import flash, gpu, gpu_training
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.layer_pass import FIRST, LINEARS, TENSORS, Rest
@@ -26,11 +26,10 @@ TOGETHER = ((0, 1, 2), (3,), (4, 5), (6,))
 """Linear layers that are given the same states: queries, keys and values; output; gate and up; down."""
 
 
-def on_gpu(states: Tensor, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
+def fits_gpu(states: Tensor, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
     """Whether this pass computes with such states, here or in the run that is planned."""
-    known = gpu_training.are_there() if states.is_cuda else not on_cpu(states)
     return (
-        known
+        (gpu.usable(states) if states.is_cuda else not on_cpu(states))
         and flash.are_there()
         and flash.fits(heads, key_heads, size, dtype)
         and size % 2 == 0
@@ -207,7 +206,7 @@ class _Gradients:
             weight, bias, _, _ = self._given[at : at + TENSORS]
             of_weight, of_bias, _, _ = self._needs[at : at + TENSORS]
             if of_weight:
-                self.found[at] = IN_PLACE.add_product(weight, gradient.t(), states)
+                self.found[at] = IN_PLACE.add_wide_product(weight, gradient.t(), states)
             if of_bias:
                 self.found[at + 1] = gradient.sum(0, dtype=torch.float32).to(bias.dtype)
             up = self._ups[number]

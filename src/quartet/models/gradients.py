@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from quartet.kernels.library import are_real
 from quartet.models.lending import LENDER
-from quartet.models.precision import on_cpu
-from quartet.models.products import add_product, product, product_into
+from quartet.models.products import add_product, product, product_into, wide_product
 
 WIDE = 512
 """Columns of a product in bfloat16 from which a left side that lies upright is turned first: the copy takes less than it saves
 (measured with 832 tokens at 256 to 3072 features)."""
-DEVICES = ("cpu", "cuda")
 LENT = 2**20
 """Numbers of a product from which its memory is borrowed: less comes from the C library without asking the system."""
 
@@ -43,7 +41,7 @@ def add_narrow_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled:
 
 
 def add_wide_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: bool) -> None:
-    """The same on a GPU, where a product of a narrower dtype is summed up in the gradient's, and not rounded before."""
+    """The same on a GPU, where the product is summed up in the gradient's float32, and not rounded before."""
     if not are_real(left):
         return  # in a plan: there is nothing to make
     if not left.is_cuda:
@@ -95,16 +93,20 @@ class GradientsInPlace:
         """Free what is kept for the next gradients."""
         self._spare.clear()
 
-    def takes(self, weight: Tensor) -> bool:
+    def takes(self, weight: Tensor, *, on: str = "cpu") -> bool:
         """Whether the gradient of a weight is to be added in place. Ask for the weight itself: what a backward pass finds
-        among its saved tensors may be a copy."""
-        mine = weight.is_leaf and weight.requires_grad and weight.device.type in DEVICES
+        among its saved tensors may be a copy.
+
+        Args:
+            on: the kind of device that the caller's pass is for.
+        """
+        mine = weight.is_leaf and weight.requires_grad and weight.device.type == on
         return self._on and mine and not weight._backward_hooks
 
-    def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
+    def place(self, weight: Tensor, *, on: str = "cpu") -> tuple[Tensor, bool] | None:
         """Where the gradient of a weight is to be added, and whether anything is there yet: if not, what the memory holds is
         to be overwritten. None where the gradient goes through autograd."""
-        if not self.takes(weight):
+        if not self.takes(weight, on=on):
             return None
         self._placed.add(weight)
         if weight.grad is not None:
@@ -119,14 +121,20 @@ class GradientsInPlace:
         if place is None:
             return product(left, right)
         gradient, filled = place
-        if left.dtype != gradient.dtype and not on_cpu(left):
-            add_wide_product(gradient, left, right, filled=filled)
-        elif left.dtype != gradient.dtype:
+        if left.dtype != gradient.dtype:
             add_narrow_product(gradient, left, right, filled=filled)
         elif filled:
             add_product(gradient, left, right)
         else:
             product_into(gradient, left, right)
+        return None
+
+    def add_wide_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        """The same in the pass of a GPU, where the sum is not rounded to the dtype of the two sides."""
+        place = self.place(weight, on=weight.device.type)
+        if place is None:
+            return wide_product(left, right)
+        add_wide_product(place[0], left, right, filled=place[1])
         return None
 
     def add_rows(self, weight: Tensor, rows: Tensor, parts: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet import kernels
-from quartet.kernels import gpu_decoding
+from quartet.kernels import gpu, gpu_decoding
 from quartet.rollout.copies import as_one
 from quartet.rollout.linears import weights_in
 from quartet.rollout.recognised import Recognised, recognised
@@ -113,7 +113,7 @@ def gpu_step(transformer: nn.Module, patterns: list[Pattern], cache: RowCache, d
         dtype: of the computation; that of the cache.
     """
     first = getattr(transformer, "embed_tokens", None)
-    if not isinstance(first, nn.Embedding) or not gpu_decoding.usable(first.weight):
+    if not isinstance(first, nn.Embedding) or not gpu.usable(first.weight):
         return None
     if dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quartet import kernels
 from quartet.distributed import is_share
-from quartet.kernels import gpu_decoding
+from quartet.kernels import gpu
 from quartet.kernels.library import are_real
 from quartet.models.linears import FastLinear, FastLoraLinear, is_hooked, is_replaced
 from quartet.models.low_rank import add_upright, upright, with_low_rank
@@ -232,13 +232,13 @@ def _copied(module: nn.Module, dtype: torch.dtype, adapter: str | None) -> Tenso
     if adapter is None or not isinstance(module, LoraLinear) or type(module) not in (LoraLinear, FastLoraLinear):
         return None
     base: Any = module.base_layer
-    return base.weight if _mergeable(module, adapter) and gpu_decoding.usable(base.weight) else None
+    return base.weight if _mergeable(module, adapter) and gpu.usable(base.weight) else None
 
 
 def _is_converted(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a GPU multiplies with a copy in bfloat16: of weights of which autocast would keep one, which are trained."""
     narrowed = dtype == torch.bfloat16 and weight.dtype == torch.float32
-    return narrowed and weight.requires_grad and gpu_decoding.usable(weight)
+    return narrowed and weight.requires_grad and gpu.usable(weight)
 
 
 def _plain(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
