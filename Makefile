@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: setup demo test check format lint types bench bench-memory bench-peer clean
+.PHONY: setup demo test test-gpu check format lint types bench bench-memory bench-peer clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,21 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Kernels for GPUs where there is none: run by Triton's interpreter, then compiled. Triton has a folder to itself: libraries do
+# other things where it is installed. On a GPU these are tests like all others.
+TRITON := .triton
+GPU_TESTS := tests/kernels/test_gpu_training.py tests/kernels/test_gpu_decoding.py tests/models/test_gpu_layer.py \
+	tests/rollout/test_gpu_step.py
+PYTEST_GPU := PYTHONPATH=$(TRITON) $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+test-gpu: $(STAMP) $(TRITON)/.set-up
+	TRITON_INTERPRET=1 $(PYTEST_GPU) $(GPU_TESTS)
+	$(PYTEST_GPU) tests/kernels/test_gpu_compiled.py
+
+$(TRITON)/.set-up:
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) triton==3.6.0
+	touch $@
 
 check: format lint types test
 

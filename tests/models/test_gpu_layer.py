@@ -70,9 +70,14 @@ def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor], parts: dict[
         assert off <= max(NEAR, 2 * in_parts_off), f"{name}: {off}, in parts {in_parts_off}"
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "biased"])
+@pytest.mark.parametrize(
+    ("family", "trained", "last"),
+    [
+        *(("llama", trained, last) for trained in TRAINED for last in (False, True)),
+        *((family, trained, True) for family in ("qwen2", "qwen3", "biased") for trained in ("full", "lora")),
+        ("qwen3", "full", False),
+    ],
+)
 def test_numbers_are_the_librarys_in_float64(family: str, trained: str, last: bool, taken: list[bool]) -> None:
     plain = model_of(family, trained).to(DEVICE)
     model = fast(plain, last=last)
@@ -123,9 +128,8 @@ def test_without_gradients_the_same_numbers(taken: list[bool]) -> None:
     assert torch.equal(again, found)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gelu"])
-def test_others_are_computed_part_by_part(family: str, taken: list[bool]) -> None:
-    model = fast(model_of(family).to(DEVICE), last=False)
+def test_others_are_computed_part_by_part(taken: list[bool]) -> None:
+    model = fast(model_of("gelu").to(DEVICE), last=False)
     found = run(model, layout(device=DEVICE), "full", torch.bfloat16)
     assert taken == [False] * 3
     with in_parts():

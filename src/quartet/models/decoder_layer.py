@@ -82,7 +82,7 @@ def _taken_apart(
             states, attention, linears, weights_of_norms, position_embeddings, packed
         )
     else:
-        fits = not normed and is_silu(mlp.act_fn) and _fits_gpu(states, attention, linears)
+        fits = is_silu(mlp.act_fn) and _fits_gpu(states, attention, linears)
     if not fits:
         return None
     rest = Rest(

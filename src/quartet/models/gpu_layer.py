@@ -47,15 +47,18 @@ class GpuLayerPass(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor, rest: Rest, *tensors: Tensor | None
     ) -> Tensor:
-        first, second = tensors[:2]
-        assert first is not None
-        assert second is not None
+        first, second, *of_heads = (norm for norm in tensors[: len(rest.eps)] if norm is not None)
         layers = _layers(tensors[len(rest.eps) :], rest)
         x, angles = states.squeeze(0), (cosines.squeeze(0), sines.squeeze(0))
         size, dtype = rest.size, torch.bfloat16
         normal, _, scales = gpu_training.rms_norm(x, first, rest.eps[0], dtype)
         found, low_heads = _raised(normal, layers[:3])
         query, key, value = (one.view(len(x), -1, size) for one in found)
+        before: list[Tensor] = []
+        if rest.normed:
+            query, *before = _heads_normed(query, of_heads[0], rest.eps[2])
+            key, *more = _heads_normed(key, of_heads[1], rest.eps[3])
+            before += more
         gpu_training.turn(query, key, *angles, back=False)
         mixed, more = flash.attention(query, key, value, rest.starts, rest.longest, rest.scaling)
         flat = mixed.flatten(1)
@@ -73,6 +76,7 @@ class GpuLayerPass(torch.autograd.Function):
                 *(x, *angles, normal, scales, query, key, value, mixed, *more, flat, sums, between, scales_between),
                 *(gate, up, low_heads, low_out, low_gates, low_down),
                 *(tensor for layer in layers for tensor in (layer.weight, layer.down, layer.up)),
+                *before,
             )
         result = sums + result
         return (result if read is None else result.index_select(0, read.in_short)).unsqueeze(0)
@@ -83,8 +87,9 @@ class GpuLayerPass(torch.autograd.Function):
         rest: Rest = ctx.rest
         x, cosines, sines, normal, scales, query, key, value, mixed, *others = ctx.saved_tensors
         more, (flat, sums, between, scales_between, gate, up, *others) = others[:3], others[3:]
-        lows, weights = others[:4], others[4:]
-        first, second = ctx.given[:2]
+        lows, weights, before = others[:4], others[4 : 4 + 3 * LINEARS], others[4 + 3 * LINEARS :]
+        by_norms: list[Tensor | None] = [None] * len(rest.eps)
+        of_norms, (first, second, *of_heads) = ctx.needs_input_grad[FIRST:], ctx.given[: len(rest.eps)]
         back = _Gradients(ctx, weights)
         g = gradient.squeeze(0)
         if rest.read is not None:
@@ -98,8 +103,8 @@ class GpuLayerPass(torch.autograd.Function):
         by_between = back.through(2, [gate, up], lows[2])
         assert by_between is not None
         back.of_tensors(2, [gate, up], between, lows[2])
-        g, by_second = gpu_training.rms_norm_gradient(
-            by_between, sums, second, scales_between, of_weight=ctx.needs_input_grad[FIRST + 1], also=g
+        g, by_norms[1] = gpu_training.rms_norm_gradient(
+            by_between, sums, second, scales_between, of_weight=of_norms[1], also=g
         )
         narrow = g.to(torch.bfloat16)
         by_flat = back.through(1, [narrow], lows[1])
@@ -112,15 +117,32 @@ class GpuLayerPass(torch.autograd.Function):
         )
         by_query, by_key, by_value = (one.contiguous() for one in by_heads)
         gpu_training.turn(by_query, by_key, cosines, sines, back=True)
+        if rest.normed:
+            by_query, by_norms[2] = _by_heads(by_query, of_heads[0], *before[:2], of_weight=of_norms[2])
+            by_key, by_norms[3] = _by_heads(by_key, of_heads[1], *before[2:], of_weight=of_norms[3])
         parts = [one.flatten(1) for one in (by_query, by_key, by_value)]
-        by_first = by_states = None
-        need_first = ctx.needs_input_grad[FIRST]
-        by_normal = back.through(0, parts, lows[0], wanted=ctx.needs_input_grad[0] or need_first)
+        by_states = None
+        by_normal = back.through(0, parts, lows[0], wanted=ctx.needs_input_grad[0] or of_norms[0])
         back.of_tensors(0, parts, normal, lows[0])
         if by_normal is not None:
-            g, by_first = gpu_training.rms_norm_gradient(by_normal, x, first, scales, of_weight=need_first, also=g)
+            g, by_norms[0] = gpu_training.rms_norm_gradient(by_normal, x, first, scales, of_weight=of_norms[0], also=g)
             by_states = g.unsqueeze(0) if ctx.needs_input_grad[0] else None
-        return by_states, None, None, None, by_first, by_second, *back.found
+        return by_states, None, None, None, *by_norms, *back.found
+
+
+def _heads_normed(heads: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The RMS norm of each head, `[tokens, heads, size]`; for the gradient the heads before it, and their scales."""
+    rows = heads.flatten(0, 1)
+    found, _, scales = gpu_training.rms_norm(rows, weight, eps, heads.dtype)
+    return found.view(heads.shape), rows, scales
+
+
+def _by_heads(
+    gradient: Tensor, weight: Tensor, rows: Tensor, scales: Tensor, *, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what `_heads_normed` was given."""
+    found, by_weight = gpu_training.rms_norm_gradient(gradient.flatten(0, 1), rows, weight, scales, of_weight=of_weight)
+    return found.view(gradient.shape), by_weight
 
 
 def _layers(flat: Sequence[Tensor | None], rest: Rest) -> list[Weights]:
