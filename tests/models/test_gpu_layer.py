@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from decoder_layers import TRAINED, fast, in_parts, layout, model_of, run, states
 from gpu_kernels import DEVICE
@@ -166,3 +167,13 @@ def test_the_pass_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch, ca
         assert not gpu_check.works(device)
         assert reason in caplog.messages[-1]
     gpu_check.works.cache_clear()
+
+
+def test_a_pass_that_is_computed_again_may_be_the_first_to_ask() -> None:
+    """The trial's saved tensors are none of the checkpoint's."""
+    device, weight = torch.device(DEVICE), torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    gpu_check.works.cache_clear()
+    found: Tensor = checkpoint(lambda x: (x @ weight).sin() * gpu_check.works(device), weight, use_reentrant=False)
+    found.sum().backward()
+    assert weight.grad is not None
+    assert gpu_check.works(device)

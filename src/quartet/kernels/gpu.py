@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ tl: Any = None
 try:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
-except ImportError:
-    pass
+except Exception as error:  # one that is broken stops nobody who has no GPU
+    if not isinstance(error, ImportError):
+        logging.getLogger("quartet").warning("Triton does not load, its kernels are not used: %s", error)
 
 
 def jit(kernel: Any) -> Any:

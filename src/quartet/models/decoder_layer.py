@@ -82,7 +82,7 @@ def _taken_apart(
             states, attention, linears, weights_of_norms, position_embeddings, packed
         )
     else:
-        fits = is_silu(mlp.act_fn) and _fits_gpu(states, attention, linears)
+        fits = is_silu(mlp.act_fn) and _fits_gpu(states, attention, linears, position_embeddings)
     if not fits:
         return None
     rest = Rest(
@@ -103,12 +103,15 @@ def _taken_apart(
     return rest, *(norm.weight for norm in norms), *tensors
 
 
-def _fits_gpu(states: Tensor, attention: Any, linears: Sequence[Weights]) -> bool:
+def _fits_gpu(states: Tensor, attention: Any, linears: Sequence[Weights], angles: tuple[Tensor, Tensor]) -> bool:
     """Whether the pass on a GPU can be taken: all in bfloat16, whatever the weights are kept in."""
     tensors = [t for layer in linears for t in (layer.weight, layer.bias, layer.down, layer.up) if t is not None]
     if len(states) != 1 or computed_in(states) != torch.bfloat16 or any(t.device != states.device for t in tensors):
         return False
     size = attention.head_dim
+    like = (1, states.shape[1], size)
+    if not states.is_contiguous() or not all(one.shape == like and one.is_contiguous() for one in angles):
+        return False  # kernels go by rows
     heads, key_heads = (len(layer.weight) // size for layer in linears[:2])
     fits = fits_gpu(states, torch.bfloat16, heads, key_heads, size)
     return fits and (not states.is_cuda or works(states.device))

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from quartet.errors import brief
 from quartet.models.converted import CONVERTED
@@ -43,7 +44,8 @@ def works(device: torch.device) -> bool:
 
 def _worst_error(device: torch.device) -> float:
     """Of states and gradients, between the pass in bfloat16 and plain operations in float32."""
-    with IN_PLACE.added(False), CONVERTED.keeping(False), torch.enable_grad():
+    # Its tensors are none of a pass that is computed again, which may be the first to ask.
+    with IN_PLACE.added(False), CONVERTED.keeping(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
         states, angles, norms, linears = _drawn(device)
         trained = [states, *norms, *(tensor for tensors in linears for tensor in tensors)]
         for tensor in trained:
@@ -59,6 +61,10 @@ def _worst_error(device: torch.device) -> float:
         errors = [(one - right).norm() / right.norm() for one, right in zip(*results, strict=True)]
         worst = torch.stack(errors).max()
         return float(worst) if bool(worst.isfinite()) else float("inf")
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _drawn(device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], list[list[Tensor]]]:

@@ -100,6 +100,7 @@ class GpuLayerPass(torch.autograd.Function):
         assert by_product is not None
         gpu_training.silu_gradient(by_product, gate, up)
         back.of_tensors(3, [narrow], by_product, lows[3])
+        del by_product  # as large as the gate: its memory is free for what follows
         by_between = back.through(2, [gate, up], lows[2])
         assert by_between is not None
         back.of_tensors(2, [gate, up], between, lows[2])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quartet.kernels.library import are_real
 from quartet.models.lending import LENDER
+from quartet.models.precision import on_cpu
 from quartet.models.products import add_product, product, product_into, wide_product
 
 WIDE = 512
@@ -22,6 +23,8 @@ WIDE = 512
 (measured with 832 tokens at 256 to 3072 features)."""
 LENT = 2**20
 """Numbers of a product from which its memory is borrowed: less comes from the C library without asking the system."""
+SUMS_UP = torch.__version__ >= "2.10"
+"""Whether torch adds a product in bfloat16 to a matrix in float32: before, it asks for one dtype (pytorch/pytorch#167931)."""
 
 
 def add_narrow_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: bool) -> None:
@@ -47,6 +50,8 @@ def add_wide_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: b
     if not left.is_cuda:
         part = left @ right
         gradient.add_(part) if filled else gradient.copy_(part)
+    elif filled and not SUMS_UP:
+        gradient.add_(torch.mm(left, right, out_dtype=gradient.dtype))
     elif filled:
         torch.addmm(gradient, left, right, out_dtype=gradient.dtype, out=gradient)
     else:
@@ -93,20 +98,20 @@ class GradientsInPlace:
         """Free what is kept for the next gradients."""
         self._spare.clear()
 
-    def takes(self, weight: Tensor, *, on: str = "cpu") -> bool:
+    def takes(self, weight: Tensor, *, by_gpu: bool = False) -> bool:
         """Whether the gradient of a weight is to be added in place. Ask for the weight itself: what a backward pass finds
         among its saved tensors may be a copy.
 
         Args:
-            on: the kind of device that the caller's pass is for.
+            by_gpu: the caller's pass is that of a GPU. The others are for a CPU, and for none that stands for a GPU in a plan.
         """
-        mine = weight.is_leaf and weight.requires_grad and weight.device.type == on
+        mine = weight.is_leaf and weight.requires_grad and (by_gpu or on_cpu(weight))
         return self._on and mine and not weight._backward_hooks
 
-    def place(self, weight: Tensor, *, on: str = "cpu") -> tuple[Tensor, bool] | None:
+    def place(self, weight: Tensor, *, by_gpu: bool = False) -> tuple[Tensor, bool] | None:
         """Where the gradient of a weight is to be added, and whether anything is there yet: if not, what the memory holds is
         to be overwritten. None where the gradient goes through autograd."""
-        if not self.takes(weight, on=on):
+        if not self.takes(weight, by_gpu=by_gpu):
             return None
         self._placed.add(weight)
         if weight.grad is not None:
@@ -131,7 +136,7 @@ class GradientsInPlace:
 
     def add_wide_product(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
         """The same in the pass of a GPU, where the sum is not rounded to the dtype of the two sides."""
-        place = self.place(weight, on=weight.device.type)
+        place = self.place(weight, by_gpu=True)
         if place is None:
             return wide_product(left, right)
         add_wide_product(place[0], left, right, filled=place[1])
