@@ -1,9 +1,9 @@
 """One PPO iteration on a GPU: decoding against memory bandwidth, the update against the rate of matrix products, TRL beside.
 
 Random models of 0.5 and 1.5 billion parameters in bfloat16, 64 episodes of 256 response tokens that run to the limit, two
-epochs, microbatches of 16. All rows are decoded at once, by both sides. The first iteration of a process warms up and does not
-count. The floors are those of floor.py with the GPU's own rates, measured at the start. TRL 1.12 runs where `--peer` names
-a Python that has it (bfloat16 weights), after all of Quartet's cases; elsewhere its column is empty.
+epochs, microbatches of `--rows` sequences. All rows are decoded at once, by both sides. The first iteration of a process
+warms up and does not count. The floors are those of floor.py with the GPU's own rates, measured at the start. TRL 1.12 runs
+where `--peer` names a Python that has it (bfloat16 weights), after all of Quartet's cases; elsewhere its column is empty.
 
 `--device cpu --sizes S` runs the same on a CPU, to see that it works.
 
@@ -35,8 +35,9 @@ def episodes_of(arguments: argparse.Namespace) -> int:
 def options_of(arguments: argparse.Namespace) -> list[str]:
     """The workload, for both sides."""
     episodes, response = episodes_of(arguments), 32 if arguments.quick else RESPONSE
+    rows = min(arguments.rows, episodes)
     return [
-        *("--episodes", str(episodes), "--response-length", str(response), "--rows", str(min(ROWS, episodes))),
+        *("--episodes", str(episodes), "--response-length", str(response), "--rows", str(rows)),
         *("--epochs", str(EPOCHS), "--iterations", str(ITERATIONS), "--stop", "none", "--device", arguments.device),
     ]
 
@@ -80,6 +81,7 @@ def main() -> None:
     found = parser(__doc__)
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     found.add_argument("--sizes", nargs="+", default=["0.5B", "1.5B"])
+    found.add_argument("--rows", type=int, default=ROWS, help="sequences of a microbatch, on both sides")
     arguments = found.parse_args()
     gpu = _gpu() if arguments.device == "cuda" else None
     if arguments.device == "cuda" and gpu is None:
@@ -97,6 +99,7 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in gpu.items()))
     print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
     figures: dict[str, Any] = {"machine": machine() | {"gpu": gpu}, "versions": versions, "rates": rates, "rows": []}
+    figures["microbatch"] = arguments.rows
     cases = [(size, lora) for size in sizes for lora in (False, True)]
     cases = [case for case in cases if any(text in name_of(*case) for text in arguments.only)]
     rows: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {case: {} for case in cases}

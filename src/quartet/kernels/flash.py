@@ -75,10 +75,21 @@ def attention_gradient(
         gradient: of `mixed`, contiguous.
     """
     if not are_real(query, key, value):
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return _planned(query, key, value, starts)
     operation: Any = torch.ops.aten._flash_attention_backward
     sums, *random = rest
     found: tuple[Tensor, Tensor, Tensor] = operation(
         *(gradient, query, key, value, mixed, sums, starts, starts, longest, longest, 0.0, True, *random), scale=scaling
     )
+    return found
+
+
+def _planned(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in a plan of memory, made beside the room that the operation takes for itself: sums of the queries' gradient in
+    float32, and where heads share keys and values the gradients of these for each head."""
+    tokens, heads, size = query.shape
+    room = [query.new_empty(tokens + 128 * (len(starts) - 1), heads, -(-size // 32) * 32, dtype=torch.float32)]
+    room += [torch.empty_like(query) for _ in range(2) if key.shape[1] != heads]
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    del room
     return found
