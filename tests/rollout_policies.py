@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -28,6 +30,7 @@ from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout, Sequences
 from quartet.rollout import SamplingSettings
 from quartet.rollout.dynamic import DynamicEngine
+from quartet.rollout.static import StaticEngine
 
 VOCABULARY = 67
 SIZES: dict[str, Any] = {
@@ -108,3 +111,28 @@ def full_logprobs(policy: LanguageView, rollout: Rollout, temperature: float) ->
     with torch.no_grad():
         logprobs, _ = policy(sequences, rollout.response_mask, temperature=temperature)
     return logprobs
+
+
+def assert_engine_decodes_by(
+    kind: Any, policy: LanguageView, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By steps of this kind; and by layers where it gives something else, which the engine's own check finds and says."""
+    prompts, calls, theirs = make_prompts(), [], kind.__call__
+
+    def noting(self: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+        calls.append(len(tokens))
+        found: Tensor = theirs(self, tokens, positions)
+        return found
+
+    monkeypatch.setattr(kind, "__call__", noting)
+    engine = StaticEngine(policy, settings())
+    calls.clear()
+    expected = engine.generate(prompts)
+    assert len(calls) == expected.decode_steps
+    monkeypatch.setattr(kind, "__call__", lambda *given: theirs(*given) * 1.01)
+    with caplog.at_level(logging.WARNING, "quartet"):
+        engine = StaticEngine(policy, settings())
+    assert "The compiled decoding step is not used" in caplog.text
+    found = engine.generate(prompts)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)

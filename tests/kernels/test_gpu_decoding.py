@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels import DEVICE
-from quartet.kernels import gpu_decoding
+from quartet.kernels import gpu_decoding, gpu_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
@@ -115,4 +115,4 @@ def test_silu_product(size: int, dtype: torch.dtype) -> None:
     gate, up = random(3, 2 * size, dtype=dtype).mul(3).split(size, 1)
     expected = torch.nn.functional.silu(gate.double()) * up.double()
     for given in ((gate, up), (gate.contiguous(), up.contiguous())):
-        assert_close(gpu_decoding.silu_product(*given), expected, TOLERANCE[dtype])
+        assert_close(gpu_forward.silu_product(*given), expected, TOLERANCE[dtype])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gpu_kernels import DEVICE
-from quartet.kernels import gpu_training
+from quartet.kernels import gpu_forward, gpu_training
 
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 """Relative to the largest number: the rounding of a result."""
@@ -100,7 +100,7 @@ def test_gated_products_and_their_gradients(dtype: torch.dtype, monkeypatch: pyt
     gate, up, by = (drawn(3, 30, dtype=dtype, seed=seed) for seed in range(3))
     g, u = gate.double().requires_grad_(), up.double().requires_grad_()
     exact = torch.nn.functional.silu(g) * u
-    assert_near(gpu_training.silu_product(gate, up), exact.detach(), dtype)
+    assert_near(gpu_forward.silu_product(gate, up), exact.detach(), dtype)
     exact.backward(by.double())
     before = gate._version
     gpu_training.silu_gradient(by, gate, up)

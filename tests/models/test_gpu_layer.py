@@ -94,6 +94,7 @@ def test_gradients_added_in_place(trained: str) -> None:
     """Of two microbatches, the second time in the memory of the first."""
     model = fast(model_of("llama", trained).to(DEVICE), last=True)
     once = run(model, layout(device=DEVICE), trained, torch.bfloat16)
+    weight, places = model.model.layers[1].mlp.up_proj, set()
     with IN_PLACE.added():
         for reset in range(2):
             IN_PLACE.reset(model.parameters(), reuse=True)
@@ -105,6 +106,9 @@ def test_gradients_added_in_place(trained: str) -> None:
                 assert once.keys() == {"", *gradients}, (reset, count)
                 for name, gradient in gradients.items():
                     torch.testing.assert_close(gradient, once[name], rtol=0, atol=0.01 * float(once[name].abs().max()))
+                if trained == "full":
+                    places.add(weight.weight.grad.data_ptr())
+    assert len(places) == (trained == "full")
 
 
 def test_adapters_on_weights_of_bfloat16() -> None:

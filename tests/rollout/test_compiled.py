@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from quartet.rollout.compiled import CompiledStep, compiled_step
 from quartet.rollout.static import StaticEngine
 from quartet.rollout.static_cache import NotDrivable
 from quartet.rollout.static_decoder import Decoder, generating
-from rollout_policies import FAMILIES, GROUPED, make_policy, make_prompts, settings
+from rollout_policies import FAMILIES, GROUPED, assert_engine_decodes_by, make_policy, make_prompts, settings
 
 KNOWN = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
 needs_kernels = pytest.mark.skipif(not kernels.decodes(torch.float32), reason="no compiler at installation")
@@ -79,26 +78,7 @@ def test_families_that_compute_the_same_are_known(family: str, merged: bool, dty
 
 @needs_kernels
 def test_an_engine_decodes_by_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """And by layers where it gives something else, which the engine's own check finds and says."""
-    policy, prompts, calls = make_policy(FAMILIES["llama"]()), make_prompts(), []
-    theirs = CompiledStep.__call__
-
-    def noting(self: CompiledStep, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        calls.append(len(tokens))
-        return theirs(self, tokens, positions)
-
-    monkeypatch.setattr(CompiledStep, "__call__", noting)
-    engine = StaticEngine(policy, settings())
-    calls.clear()
-    expected = engine.generate(prompts)
-    assert len(calls) == expected.decode_steps
-    monkeypatch.setattr(CompiledStep, "__call__", lambda *given: theirs(*given) * 1.01)
-    with caplog.at_level(logging.WARNING, "quartet"):
-        engine = StaticEngine(policy, settings())
-    assert "The compiled decoding step is not used" in caplog.text
-    found = engine.generate(prompts)
-    assert torch.equal(found.tokens, expected.tokens)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert_engine_decodes_by(CompiledStep, make_policy(FAMILIES["llama"]()), monkeypatch, caplog)
 
 
 @needs_kernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +21,7 @@ from quartet.rollout.gpu_step import GpuStep, gpu_step
 from quartet.rollout.static import StaticEngine
 from quartet.rollout.static_decoder import Decoder, generating
 from quartet.rollout.steps import Picked
-from rollout_policies import FAMILIES, GROUPED, make_policy, make_prompts, settings
+from rollout_policies import FAMILIES, GROUPED, assert_engine_decodes_by, make_policy, make_prompts, settings
 
 KNOWN = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -165,26 +164,7 @@ def test_weights_lie_together_or_apart() -> None:
 
 
 def test_an_engine_decodes_by_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """And by layers where it gives something else, which the engine's own check finds and says."""
-    policy, prompts, calls = policy_of(FAMILIES["llama"]()), make_prompts(), []
-    theirs = GpuStep.__call__
-
-    def noting(self: GpuStep, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        calls.append(len(tokens))
-        return theirs(self, tokens, positions)
-
-    monkeypatch.setattr(GpuStep, "__call__", noting)
-    engine = StaticEngine(policy, settings())
-    calls.clear()
-    expected = engine.generate(prompts)
-    assert len(calls) == expected.decode_steps
-    monkeypatch.setattr(GpuStep, "__call__", lambda *given: theirs(*given) * 1.01)
-    with caplog.at_level(logging.WARNING, "quartet"):
-        engine = StaticEngine(policy, settings())
-    assert "The compiled decoding step is not used" in caplog.text
-    found = engine.generate(prompts)
-    assert torch.equal(found.tokens, expected.tokens)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert_engine_decodes_by(GpuStep, policy_of(FAMILIES["llama"]()), monkeypatch, caplog)
 
 
 class Recorder:

@@ -10,27 +10,12 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.gpu import jit, power_of_two, tl
+from quartet.kernels.gpu_forward import rms_norm
 
 FEWEST_OF_A_TILE = 16
 """Sides of a product of tiles are filled up to so many."""
 _BYTES_OF_A_BLOCK = 16384
 """Keys that a program of `attend` reads at once: with as many values, and the next of both on their way, 64 KiB."""
-
-
-@jit
-def _add_norm(states, delta, weight, out, eps, ADDS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * SIZE
-    place = tl.arange(0, BLOCK)
-    inside = place < SIZE
-    found = tl.load(states + row + place, mask=inside, other=0.0).to(tl.float32)
-    if ADDS:
-        found += tl.load(delta + row + place, mask=inside, other=0.0).to(tl.float32)
-        kept = found.to(states.dtype.element_ty)
-        tl.store(states + row + place, kept, mask=inside)
-        found = kept.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(found * found, axis=0) / SIZE + eps)
-    found *= scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + place, found.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -123,17 +108,6 @@ def _attend(
     tl.store(result, mixed.to(out.dtype.element_ty), mask=within)
 
 
-@jit
-def _silu_product(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < SIZE
-    found = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
-    found = found / (1.0 + tl.exp(-found))
-    found *= tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + place, found.to(out.dtype.element_ty), mask=inside)
-
-
 def add_norm(states: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Add to the residual stream in place; give its RMS norm.
 
@@ -146,15 +120,7 @@ def add_norm(states: Tensor, delta: Tensor | None, weight: Tensor, eps: float, d
     Returns:
         `[n, H]`.
     """
-    rows, size = states.shape
-    out = torch.empty_like(states, dtype=dtype)
-    block = power_of_two(size)
-    added = states if delta is None else delta
-    _add_norm[(rows,)](
-        states, added, weight, out, eps,
-        ADDS=delta is not None, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 256)),
-    )  # fmt: skip
-    return out
+    return rms_norm(states, weight, eps, dtype, also=delta, sums=states)
 
 
 def rotate_and_store(
@@ -217,21 +183,4 @@ def attend(
         WINDOW=window or 0, SHARED=shared, GROUP=group, SIZE=size,
         SIDE=max(FEWEST_OF_A_TILE, power_of_two(group)), WIDTH=width, BLOCK=block, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return out
-
-
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`.
-
-    Args:
-        gate: `[n, I]`, which may be columns of a wider matrix.
-        up: like `gate`.
-
-    Returns:
-        `[n, I]` without gaps, in the dtype of the gate.
-    """
-    rows, size = gate.shape
-    block = min(1024, power_of_two(size))
-    out = gate.new_empty(gate.shape)
-    _silu_product[(rows, -(-size // block))](gate, up, out, gate.stride(0), up.stride(0), SIZE=size, BLOCK=block)
     return out

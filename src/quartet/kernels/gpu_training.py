@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from quartet.kernels import gpu_forward
 from quartet.kernels.gpu import jit, power_of_two, tl
 from quartet.kernels.library import are_real
 
@@ -39,19 +40,9 @@ def rms_norm(
     Returns:
         `[rows, features]` twice, and float32 `[rows]`.
     """
-    rows, features = states.shape
-    out = torch.empty_like(states, dtype=dtype)
     sums = states if also is None else torch.empty_like(states)
-    scales = states.new_empty(rows, dtype=torch.float32)
-    if rows and are_real(states):
-        block = power_of_two(features)
-        _norm[(rows,)](
-            *(states, states if also is None else also, sums, weight, out, scales),
-            *(features, eps),
-            ADDS=also is not None,
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
+    scales = states.new_empty(len(states), dtype=torch.float32)
+    out = gpu_forward.rms_norm(states, weight, eps, dtype, also=also, sums=sums, scales=scales)
     return out, sums, scales
 
 
@@ -77,7 +68,7 @@ def rms_norm_gradient(
             ADDS=also is not None,
             SUMS=of_weight,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=gpu_forward.warps(block),
         )
     return by_states, None if parts is None else parts.sum(0).to(weight.dtype)
 
@@ -102,15 +93,6 @@ def turn(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor, *, back: bo
     increment_version((query, key))
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, all contiguous and of one shape and dtype."""
-    out = torch.empty_like(gate)
-    if gate.numel() and are_real(gate, up):
-        count = gate.numel()
-        _silu[(-(-count // BLOCK),)](gate, up, out, count, BLOCK=BLOCK)
-    return out
-
-
 def silu_gradient(by_product: Tensor, gate: Tensor, up: Tensor) -> None:
     """From the gradient of `silu(gate) * up` those of gate and up, over these, and the product again, over its gradient.
 
@@ -120,39 +102,6 @@ def silu_gradient(by_product: Tensor, gate: Tensor, up: Tensor) -> None:
         count = gate.numel()
         _silu_gradient[(-(-count // BLOCK),)](by_product, gate, up, count, BLOCK=BLOCK)
     increment_version((by_product, gate, up))
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 256, 1), 16)
-
-
-@jit
-def _norm(
-    states,
-    also,
-    sums,
-    weight,
-    out,
-    scales,
-    features,
-    eps,
-    ADDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    real = column < features
-    place = row * features + column
-    x = tl.load(states + place, mask=real, other=0.0).to(tl.float32)
-    if ADDS:
-        x += tl.load(also + place, mask=real, other=0.0).to(tl.float32)
-        x = x.to(sums.dtype.element_ty)
-        tl.store(sums + place, x, mask=real)
-        x = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / features + eps)
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + place, (x * scale * w).to(out.dtype.element_ty), mask=real)
-    tl.store(scales + row, scale)
 
 
 @jit
@@ -224,15 +173,6 @@ def _turn(
         turned1, turned2 = first * cos1 - second * sin1, second * cos2 + first * sin2
     tl.store(place, turned1.to(states.dtype.element_ty), mask=real)
     tl.store(place + half, turned2.to(states.dtype.element_ty), mask=real)
-
-
-@jit
-def _silu(gate, up, out, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = place < count
-    g = tl.load(gate + place, mask=real, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=real)
 
 
 @jit

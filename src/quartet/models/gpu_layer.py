@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quartet.kernels import flash, gpu, gpu_training
+from quartet.kernels import flash, gpu, gpu_forward, gpu_training
 from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.layer_pass import FIRST, LINEARS, TENSORS, Rest
@@ -68,7 +68,7 @@ class GpuLayerPass(torch.autograd.Function):
         (out,), low_out = _raised(flat, layers[3:4])
         between, sums, scales_between = gpu_training.rms_norm(there, second, rest.eps[1], dtype, out)
         (gate, up), low_gates = _raised(between, layers[4:6])
-        (result,), low_down = _raised(gpu_training.silu_product(gate, up), layers[6:])
+        (result,), low_down = _raised(gpu_forward.silu_product(gate, up), layers[6:])
         ctx.rest, ctx.given = rest, tensors
         ctx.scales_of = [layer.scale for layer in layers]
         if rest.kept:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet import kernels
-from quartet.kernels import gpu, gpu_decoding
+from quartet.kernels import gpu, gpu_decoding, gpu_forward
 from quartet.rollout.copies import as_one
 from quartet.rollout.linears import weights_in
 from quartet.rollout.recognised import Recognised, recognised
@@ -82,15 +82,7 @@ class GpuStep:
         )
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Append one token to each of the rows 0 to n - 1.
-
-        Args:
-            tokens: int64 `[n]`.
-            positions: int64 `[n]`, tokens that each row holds already.
-
-        Returns:
-            Hidden states `[n, H]` of these tokens.
-        """
+        """Append one token to each row, as `CompiledStep` does: int64 tokens and positions `[n]` to hidden states `[n, H]`."""
         states: Tensor = self._transformer.embed_tokens(tokens)  # the residual stream, which layers add to
         here = positions.to(torch.int32)  # in memory of its own, which lies alike for any number of rows
         added: Tensor | None = None
@@ -102,7 +94,7 @@ class GpuStep:
             (added,) = layer.out(gpu_decoding.attend(query, *cache, here, self._scaling, layer.window))
             given = gpu_decoding.add_norm(states, added, layer.second_norm, self._eps, self._dtype)
             gate, up = layer.gates(given)
-            (added,) = layer.down(gpu_decoding.silu_product(gate, up))
+            (added,) = layer.down(gpu_forward.silu_product(gate, up))
         return gpu_decoding.add_norm(states, added, self._last_norm, self._eps, states.dtype)
 
 
