@@ -236,7 +236,7 @@ def test_only_plain_layers_are_taken_apart() -> None:
     ("capability", "intel", "unused", "slow"),
     [
         ("AVX512", False, True, False),
-        ("AVX512", True, False, False),
+        ("AVX512", True, False, True),
         ("AVX2", False, False, True),
         ("AVX2", True, False, False),
         ("DEFAULT", False, False, False),

@@ -1,6 +1,5 @@
 /* Products of a few rows with bfloat16 weights by tiles of AMX: 16 features times 16 rows, 32 numbers deep. The weights are
  * multiplied as they lie; the few rows are packed in pairs instead, two numbers of a row in four bytes. */
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 

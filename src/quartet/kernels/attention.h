@@ -10,9 +10,14 @@ TARGET static void SUITED(NAMED(take_tokens))(const NUMBER *from, long token, lo
         for (; c < size; c++) out[i * size + c] = LOAD(from + i * token + c);
     }
     if (!columns) return;
+    for (long c = count * size; c < side * size; c++) out[c] = 0.0f;
+#if LANES == 16
     for (long i = 0; i < side; i += SIDE)
-        for (long c = 0; c < size; c++)
-            for (long j = i; j < i + SIDE; j++) columns[c * side + j] = j < count ? out[j * size + c] : 0.0f;
+        for (long c = 0; c < size; c += SIDE) SUITED(turn_line)(SIDE, out + i * size + c, size, 1.0f, columns + c * side + i, side);
+#else
+    for (long i = 0; i < side; i += 4)
+        for (long c = 0; c < size; c += 4) SUITED(turn)(out + i * size + c, size, 1.0f, columns + c * side + i, side);
+#endif
 }
 
 TARGET static void SUITED(NAMED(keep_tokens))(const float *from, NUMBER *out, long token, long count, long size) {

@@ -1,6 +1,7 @@
 /* The kernels of one generation of processors: generations.h says of which. */
 #ifndef LANES_KNOWN
 #include "lanes.h"
+#include "turns.h"
 #include "panels.h"
 #endif
 #include "products.h"

@@ -87,6 +87,7 @@ INLINE float sigmoid(float x) {
     } while (0)
 
 #ifdef GENERATIONS
+#include <immintrin.h>
 #ifndef OLDER_THAN_V4 /* to see what older processors compute */
 #define is_v4() __builtin_cpu_supports("x86-64-v4")
 #else
@@ -113,6 +114,9 @@ const char *built_from(void) { return BUILT_FROM; }
 #define NAMED(kernel) kernel##_f32
 #include "typed.h"
 #include "generations.h"
+#ifdef TILES
+#include "amx_products.h"
+#endif
 #include "multiplying.h"
 #include "attending.h"
 #include "linear.h"

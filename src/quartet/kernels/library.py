@@ -28,6 +28,7 @@ ARGUMENTS = {
     "few_rows": 9,
     "decode": 2,
     "multiply": 1,
+    "multiply_tiles": 1,
     "run": 1,
     "draw": 9,
     "exponentials": 10,
@@ -38,7 +39,7 @@ ARGUMENTS = {
 """Of each kernel: pointers and whole numbers, `long` all of them, but for these."""
 FLOATS = {"rms_norm": 7, "draw": 7, "exponentials": 7, "slopes": 10}
 """The argument of a kernel that is a float."""
-BYTES = {"multiply", "run"}
+BYTES = {"multiply", "multiply_tiles", "run"}
 """Kernels that are given one block of numbers, packed."""
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Kernels for one of these dtypes are named so."""
@@ -81,6 +82,18 @@ def has_wide_vectors() -> bool:
         return False
     library.has_wide_vectors.restype = ctypes.c_long
     return bool(library.has_wide_vectors())
+
+
+def has_tile_products() -> bool:
+    """Whether the kernels multiply in bfloat16 by tiles of AMX: where processor and system have them."""
+    library = _library()
+    return library is not None and _has_tile_products(library)
+
+
+@cache
+def _has_tile_products(library: ctypes.CDLL) -> bool:
+    library.has_tile_products.restype = ctypes.c_long
+    return bool(library.has_tile_products())
 
 
 def fit(*tensors: Tensor) -> bool:

@@ -30,3 +30,28 @@ void multiply(const product_sum *p) {
         if (threads % n == 0 && p->rows / n + p->columns * n / threads < p->rows / high + p->columns * high / threads) high = n;
     RANGE(threads, threads, multiplied_part(p, from, high, threads / high));
 }
+
+/* Whether products in bfloat16 are multiplied here. */
+long has_tile_products(void) {
+#ifdef TILES
+    return has_tiles();
+#else
+    return 0;
+#endif
+}
+
+/* The same in bfloat16, rounded once, or in float32 where `wide`; the bias is bfloat16 and comes with a result in bfloat16 only. */
+void multiply_tiles(const product_sum *p) {
+#ifdef TILES
+    long width = 0;
+    for (long n = 0; n < p->count; n++) width += p->terms[n].width;
+    const long worth = p->rows * p->columns * width / (4 * WORTH) + 1, threads = p->threads < worth ? p->threads : worth;
+    /* Columns are shared out, because packing those takes longer, unless there are few. */
+    long across = 1;
+    for (long n = 1; n <= threads; n++)
+        if (threads % n == 0 && p->rows * across + 2 * p->columns * threads / across > p->rows * n + 2 * p->columns * threads / n) across = n;
+    RANGE(threads, threads, tiles_of_thread(p, from, threads / across, across));
+#else
+    (void)p;
+#endif
+}

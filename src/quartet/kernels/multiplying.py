@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from quartet.kernels.library import are_real, fit, has_wide_vectors, kernel
+from quartet.kernels.library import are_real, fit, has_tile_products, has_wide_vectors, kernel
 from quartet.kernels.waiting import caught_up, keep, waits
 
 WITHIN = 288 * (96 + 1024 + 32)
@@ -21,6 +21,11 @@ WITHIN = 288 * (96 + 1024 + 32)
 counted for the libraries, which multiply less where kernels do."""
 SMALLEST = 2**17
 """Multiplications below which a call of torch's product costs less."""
+WITHIN_TILES = 256 * (32 * 32 + 2 * 32 + 4 + 384 * 2)
+"""The same for products in bfloat16 (`TILES_WITHIN` in amx_products.h)."""
+NARROW = 64
+"""Columns, or numbers that are summed up, to which a single product in bfloat16 is computed by tiles: larger ones are left to
+oneDNN."""
 _kept = threading.local()
 
 
@@ -32,25 +37,29 @@ class Term(NamedTuple):
     scale: float = 1.0
 
 
-_HEAD = "9q"
+_HEAD = "10q"
 _TERM = "7qf4x"
 """`product_sum` and `term` in terms.h, the terms after the head."""
 
 
-def multiplies() -> bool:
-    """Whether products in float32 are computed by kernels here: where there are some, and torch's library is slower."""
-    return kernels_are_faster() and kernel("multiply") is not None
+def multiplies(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether products in a dtype are computed by kernels here: where there are some, and torch's library is slower."""
+    if dtype == torch.bfloat16:
+        return kernel("multiply_tiles") is not None and has_tile_products()
+    return dtype == torch.float32 and kernels_are_faster() and kernel("multiply") is not None
 
 
 @cache
 def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
 
-    That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.5 to 1.0 of its time, at some narrow
-    matrices up to 1.2 (benchmarks/products.py). On Intel's it is at its best, and where vectors are wider oneDNN multiplies.
+    That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.5 to 1.0 of its time, at some narrow matrices up to
+    1.2; on two cores of an Intel one with AVX-512 about as long (benchmarks/products.py), but a layer's kernels are one call.
+    On Intel's with AVX2 MKL was as fast or faster, and on others with AVX-512 oneDNN multiplies.
     """
-    vectors = torch.backends.cpu.get_cpu_capability() == "AVX2" and has_wide_vectors()
-    return vectors and not is_intel() and torch.backends.mkl.is_available()
+    vectors = torch.backends.cpu.get_cpu_capability()
+    measured = vectors.startswith("AVX512") if is_intel() else vectors == "AVX2"
+    return measured and has_wide_vectors() and torch.backends.mkl.is_available()
 
 
 @cache
@@ -66,8 +75,10 @@ def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = 
     """The sum of some products over `out`, or added to it.
 
     Args:
-        out: `[rows, columns]`, numbers of a row side by side, in memory of which no term has a part.
-        bias: `[columns]`, added to every row.
+        out: `[rows, columns]`, numbers of a row side by side, in memory of which no term has a part. In the dtype of the terms,
+            float32 or bfloat16; sums of products in bfloat16 may go into float32 too. They are rounded once, and a left side
+            that is scaled before.
+        bias: `[columns]`, added to every row; in the dtype of the result.
 
     Returns:
         Whether it was computed: not where shapes do not go together, about which torch has something to say.
@@ -79,43 +90,55 @@ def multiply(out: Tensor, *terms: Term, bias: Tensor | None = None, add: bool = 
 
 
 def _multiplied(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool) -> bool:
-    if not multiplies():
+    dtype = terms[0].left.dtype
+    if not multiplies(dtype):
         return False
     rows, columns = out.shape
     tensors, width = [out], 0
     for left, right, _ in terms:
         depth, across = right.shape
-        if left.shape != (rows, depth) or across != columns:
+        if left.shape != (rows, depth) or across != columns or left.dtype != dtype or right.dtype != dtype:
             return False
         tensors += (left, right)
         width += depth
     if bias is not None:
-        if bias.shape != (columns,):
+        if bias.shape != (columns,) or bias.dtype != out.dtype or bias.dtype != dtype or not bias.is_contiguous():
             return False
         tensors.append(bias)
-    if rows * columns * width < max(SMALLEST, 1) or not _fit(tensors, out, bias):
+    if rows * columns * width < max(SMALLEST, 1) or not _fit(tensors, out, dtype, terms):
         return False
     if are_real(*tensors):
-        threads, function = torch.get_num_threads(), kernel("multiply")
-        assert function is not None, "looked for by `multiplies`"
-        numbers: list[float] = [rows, columns, out.stride(0), add, len(terms), threads]
-        numbers += (out.data_ptr(), _room(threads).data_ptr(), 0 if bias is None else bias.data_ptr())
-        for left, right, scale in terms:
-            numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
-        given = _layout(len(terms)).pack(*numbers)
-        if not waits("multiply", given, tensors):
-            function(given)
+        _call(out, terms, bias, add, tensors)
     else:
         keep(tensors)
     increment_version(out)
     return True
 
 
-def _fit(tensors: list[Tensor], out: Tensor, bias: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            return False
-    return fit(*tensors) and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
+def _fit(tensors: list[Tensor], out: Tensor, dtype: torch.dtype, terms: tuple[Term, ...]) -> bool:
+    if not fit(*tensors) or out.stride(1) != 1:
+        return False
+    if dtype == torch.float32 or out.dtype == torch.float32:
+        return out.dtype == torch.float32
+    columns, width = terms[0].right.shape
+    return out.dtype == dtype and (len(terms) > 1 or columns <= NARROW or width <= NARROW)
+
+
+def _call(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool, tensors: list[Tensor]) -> None:
+    dtype, threads = terms[0].left.dtype, torch.get_num_threads()
+    tiles = dtype == torch.bfloat16
+    numbers: list[float] = [*out.shape, out.stride(0), add, tiles and out.dtype == torch.float32, len(terms), threads]
+    numbers += (out.data_ptr(), _room(threads, tiles).data_ptr(), 0 if bias is None else bias.data_ptr())
+    for left, right, scale in terms:
+        numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
+    given = _layout(len(terms)).pack(*numbers)
+    if tiles:
+        caught_up()
+    elif waits("multiply", given, tensors):
+        return
+    function = kernel("multiply_tiles" if tiles else "multiply")
+    assert function is not None, "looked for by `multiplies`"
+    function(given)
 
 
 @cache
@@ -123,9 +146,10 @@ def _layout(terms: int) -> struct.Struct:
     return struct.Struct(_HEAD + _TERM * terms)
 
 
-def _room(threads: int) -> Tensor:
+def _room(threads: int, tiles: bool) -> Tensor:
     """This thread's own, kept from call to call."""
     room: Tensor | None = getattr(_kept, "room", None)
-    if room is None or room.numel() < threads * WITHIN:
-        room = _kept.room = torch.empty(threads * WITHIN, dtype=torch.float32, device="cpu")
+    numbers = threads * (WITHIN_TILES if tiles else WITHIN)
+    if room is None or room.numel() < numbers:
+        room = _kept.room = torch.empty(numbers, dtype=torch.float32, device="cpu")
     return room

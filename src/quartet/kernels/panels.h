@@ -2,40 +2,8 @@
  * of B that stay in the third are packed into panels in the order in which tiles read them. Included for each generation of
  * processors. A number's sum runs in the same order whatever is computed beside it. */
 
-typedef float SUITED(four) __attribute__((vector_size(16)));
-typedef float SUITED(four_given) __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float SUITED(two_given) __attribute__((vector_size(8), aligned(4), may_alias));
-typedef int32_t SUITED(places) __attribute__((vector_size(16)));
-
 #define LINE 16 /* numbers */
 #define AT_ONCE 8 /* lines that may lie on one set of the nearest cache */
-#ifdef __clang__
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (SUITED(places)){__VA_ARGS__})
-#endif
-
-/* Four numbers of four rows each: out[k * out_row + i] = scale from[i * row + k]. */
-TARGET INLINE void SUITED(turn)(const float *from, long row, float scale, float *out, long out_row) {
-    SUITED(four) r[4];
-    for (int i = 0; i < 4; i++) r[i] = *(const SUITED(four_given) *)(from + i * row) * scale;
-    const SUITED(four) low = SHUFFLED(r[0], r[1], 0, 4, 1, 5), high = SHUFFLED(r[0], r[1], 2, 6, 3, 7);
-    const SUITED(four) low2 = SHUFFLED(r[2], r[3], 0, 4, 1, 5), high2 = SHUFFLED(r[2], r[3], 2, 6, 3, 7);
-    *(SUITED(four_given) *)out = SHUFFLED(low, low2, 0, 1, 4, 5);
-    *(SUITED(four_given) *)(out + out_row) = SHUFFLED(low, low2, 2, 3, 6, 7);
-    *(SUITED(four_given) *)(out + 2 * out_row) = SHUFFLED(high, high2, 0, 1, 4, 5);
-    *(SUITED(four_given) *)(out + 3 * out_row) = SHUFFLED(high, high2, 2, 3, 6, 7);
-}
-
-/* The same of two rows. */
-TARGET INLINE void SUITED(turn_two)(const float *from, long row, float scale, float *out, long out_row) {
-    const SUITED(four) first = *(const SUITED(four_given) *)from * scale, second = *(const SUITED(four_given) *)(from + row) * scale;
-    const SUITED(four) low = SHUFFLED(first, second, 0, 4, 1, 5), high = SHUFFLED(first, second, 2, 6, 3, 7);
-    __builtin_memcpy(out, &low, 8);
-    __builtin_memcpy(out + out_row, (const char *)&low + 8, 8);
-    __builtin_memcpy(out + 2 * out_row, &high, 8);
-    __builtin_memcpy(out + 3 * out_row, (const char *)&high + 8, 8);
-}
 
 /* A few numbers that lie side by side. */
 TARGET INLINE void SUITED(copied)(const int side, const float *from, float scale, float *out) {
@@ -71,6 +39,17 @@ TARGET INLINE void SUITED(panels)(const int side, const float *from, long line, 
         const float *lines = from + i * line;
         float *to = out + i * deep;
         long k = 0;
+#if LANES == 16
+        if (step == 1 && some == side)
+            for (; k + LINE <= width; k += LINE) {
+                int n = 0;
+#pragma GCC unroll 16
+                for (int r = 0; r < side; r++) __builtin_prefetch(lines + (r + side) * line + k, 0, 3);
+#pragma GCC unroll 2
+                for (; n + LINE <= side; n += LINE) SUITED(turn_line)(LINE, lines + n * line + k, line, scale, to + k * side + n, side);
+                if (n < side) SUITED(turn_line)(side - n, lines + n * line + k, line, scale, to + k * side + n, side);
+            }
+#endif
         if (step == 1 && some == side)
             for (; k + 4 <= width; k += LINE) { /* whole cache lines, of few rows at once: AT_ONCE */
                 const long end = k + LINE < width ? k + LINE : width;
@@ -109,41 +88,58 @@ TARGET INLINE void SUITED(packed)(const int side, int left, int scaled, const pr
     }
 }
 
-/* Up to TILE rows of `out` and up to two vectors of its columns; `b_row` numbers from one row of these vectors to the next. Asks for
- * the numbers so many places `ahead` in each row of b meanwhile, unless 0. */
-TARGET INLINE void SUITED(corner)(const int rows, const float *a, long a_row, long a_step, const float *b, long b_row, long width,
-                                  float *out, long out_row, long columns, int add, const long ahead) {
+/* Up to TILE rows of `out` and up to so many columns as one or two vectors hold; `b_row` numbers from one row of these vectors to the
+ * next. Asks for the numbers so many places `ahead` in each row of b meanwhile, unless 0. */
+TARGET INLINE void SUITED(corner)(const int rows, const int vectors, const float *a, long a_row, long a_step, const float *b, long b_row,
+                                  long width, float *out, long out_row, long columns, int add, const long ahead) {
+    const int sums = rows * vectors;
     SUITED(lanes) sum[2 * TILE];
 #pragma GCC unroll 24
-    for (int i = 0; i < 2 * rows; i++) sum[i] = (SUITED(lanes)){0};
+    for (int i = 0; i < sums; i++) sum[i] = (SUITED(lanes)){0};
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) __builtin_prefetch(out + i * out_row, 1, 3);
+    for (int i = 0; i < rows; i++)
+        for (int line = 0; line < vectors * LANES; line += LINE) __builtin_prefetch(out + i * out_row + line, 1, 3);
     const float *second = a + (rows > 4 ? 4 : 0) * a_row, *third = a + (rows > 8 ? 8 : 0) * a_row;
 #pragma GCC unroll 4
     for (long k = 0; k < width; k++) {
-        if (ahead) __builtin_prefetch(b + k * b_row + ahead, 0, 3);
-        const SUITED(lanes) left = SUITED(load_f32)(b + k * b_row), right = SUITED(load_f32)(b + k * b_row + LANES);
+        SUITED(lanes) row[2];
+        for (int line = 0; ahead && line < vectors * LANES; line += LINE) __builtin_prefetch(b + k * b_row + ahead + line, 0, 3);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) row[v] = SUITED(load_f32)(b + k * b_row + v * LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             const float *one = i < 4 ? a + i * a_row : i < 8 ? second + (i - 4) * a_row : third + (i - 8) * a_row;
             const float number = one[k * a_step];
-            sum[2 * i] += left * number;
-            sum[2 * i + 1] += right * number;
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum[i * vectors + v] += row[v] * number;
         }
     }
-    if (columns == 2 * LANES) {
+    if (columns == vectors * LANES) {
 #pragma GCC unroll 24
-        for (int i = 0; i < 2 * rows; i++) {
-            float *o = out + i / 2 * out_row + i % 2 * LANES;
+        for (int i = 0; i < sums; i++) {
+            float *o = out + i / vectors * out_row + i % vectors * LANES;
             SUITED(store)(o, add ? sum[i] + SUITED(load_f32)(o) : sum[i]);
         }
         return;
     }
     float whole[2 * TILE * LANES];
 #pragma GCC unroll 24
-    for (int i = 0; i < 2 * rows; i++) SUITED(store)(whole + i * LANES, sum[i]);
+    for (int i = 0; i < sums; i++) SUITED(store)(whole + i * LANES, sum[i]);
     for (int i = 0; i < rows; i++)
-        for (long j = 0; j < columns; j++) out[i * out_row + j] = whole[i * 2 * LANES + j] + (add ? out[i * out_row + j] : 0.0f);
+        for (long j = 0; j < columns; j++) out[i * out_row + j] = whole[i * vectors * LANES + j] + (add ? out[i * out_row + j] : 0.0f);
+}
+
+/* The tiles of a panel, as below. */
+TARGET INLINE void SUITED(tiled_panel)(const int vectors, const float *a, long a_row, long a_step, long a_tile, const float *b, long b_row,
+                                       long rows, long width, float *out, long out_row, long columns, int add, const long ahead) {
+    long i = 0;
+    for (; i + TILE <= rows; i += TILE)
+        SUITED(corner)(TILE, vectors, a + i / TILE * a_tile, a_row, a_step, b, b_row, width, out + i * out_row, out_row, columns, add, ahead);
+    a += i / TILE * a_tile;
+    for (; i + 4 <= rows; i += 4, a += 4 * a_row)
+        SUITED(corner)(4, vectors, a, a_row, a_step, b, b_row, width, out + i * out_row, out_row, columns, add, ahead);
+    for (; i < rows; i++, a += a_row)
+        SUITED(corner)(1, vectors, a, a_row, a_step, b, b_row, width, out + i * out_row, out_row, columns, add, ahead);
 }
 
 /* All tiles of rows that are packed (a_row 1, a_step TILE), or read where they are (a_step 1), and of columns that are packed (b_row
@@ -152,16 +148,10 @@ TARGET INLINE void SUITED(tiled)(const float *a, long a_row, long a_step, long a
                                  long rows, long columns, long width, float *out, long out_row, int add, const long ahead) {
     for (long j = 0; j < columns; j += 2 * LANES) {
         const long across = columns - j < 2 * LANES ? columns - j : 2 * LANES;
-        const float *panel = b + j * b_column;
-        float *o = out + j;
-        long i = 0;
-        for (; i + TILE <= rows; i += TILE)
-            SUITED(corner)(TILE, a + i / TILE * a_tile, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
-        const float *last = a + i / TILE * a_tile;
-        for (; i + 4 <= rows; i += 4, last += 4 * a_row)
-            SUITED(corner)(4, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
-        for (; i < rows; i++, last += a_row)
-            SUITED(corner)(1, last, a_row, a_step, panel, b_row, width, o + i * out_row, out_row, across, add, ahead);
+        if (across <= LANES)
+            SUITED(tiled_panel)(1, a, a_row, a_step, a_tile, b + j * b_column, b_row, rows, width, out + j, out_row, across, add, ahead);
+        else
+            SUITED(tiled_panel)(2, a, a_row, a_step, a_tile, b + j * b_column, b_row, rows, width, out + j, out_row, across, add, ahead);
     }
 }
 
@@ -202,6 +192,5 @@ TARGET static void SUITED(block_multiplied)(const product_sum *p, float *room, l
         }
     }
 }
-#undef SHUFFLED
 #undef AT_ONCE
 #undef LINE

@@ -10,7 +10,7 @@ typedef struct {
 /* out, `[rows][columns]` with `out_row` numbers from one row to the next, is overwritten by the sum of the terms and, unless null, of
  * a bias for each column; or they are added to what is there. `room`: WITHIN numbers for each thread. */
 typedef struct {
-    long rows, columns, out_row, add, count, threads;
+    long rows, columns, out_row, add, wide, count, threads;
     float *out, *room;
     const float *bias;
     term terms[]; /* `count` of them */

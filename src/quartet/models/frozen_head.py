@@ -64,6 +64,7 @@ class _FrozenLogprobs(torch.autograd.Function):
         entropies = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
         slopes = torch.empty_like(hidden)
         rooms = _Rooms(min(len(states), TILE), weight, logprobs.dtype)
+        places = torch.arange(min(len(states), TILE), device=states.device)
         for start in range(0, len(states), TILE):
             rows = slice(start, min(start + TILE, len(states)))
             logits, chosen = rooms.logits(states[rows], weight, bias), tokens[rows]
@@ -76,7 +77,7 @@ class _FrozenLogprobs(torch.autograd.Function):
                 entropies[rows] = log_total - weighted / total
             # The token's own part as a difference: where its probability is nearly 1, rounding first would leave nothing of it.
             own = (shifted.exp() - total).to(logits.dtype)
-            logits.scatter_(1, chosen[:, None], own[:, None])
+            logits.index_put_((places[: len(chosen)], chosen), own)  # `scatter_` widens all of them first in bfloat16
             slope = by_transposed(logits, weight).to(total.dtype)
             slopes[rows] = slope.div_(-(total * temperature)[:, None]).to(slopes.dtype)
         ctx.save_for_backward(slopes)

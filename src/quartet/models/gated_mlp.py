@@ -205,6 +205,10 @@ class _Gradients:
 def _sum_of(gate: list[Term], up: list[Term], dtype: torch.dtype) -> Tensor:
     """The gradient of what both layers were given; the sum of the two in its own dtype."""
     like, columns = gate[0].left, gate[0].right.shape[1]
+    if like.dtype != dtype and kernels.multiplies(like.dtype):
+        total = like.new_empty(like.shape[0], columns, dtype=dtype)
+        if kernels.multiply(total, *gate, *up):
+            return total
     result = like.new_empty(like.shape[0], columns)
     if like.dtype == dtype:
         return sum_into(result, *gate, *up)

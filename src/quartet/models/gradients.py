@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from quartet import kernels
+from quartet.kernels import Term
 from quartet.kernels.library import are_real
 from quartet.models.lending import LENDER
 from quartet.models.precision import on_cpu
@@ -28,7 +30,10 @@ SUMS_UP = torch.__version__ >= "2.10"
 
 
 def add_narrow_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: bool) -> None:
-    """Add `left @ right`, of a narrower dtype, to a gradient; over what it holds where it is not filled."""
+    """Add `left @ right`, of a narrower dtype, to a gradient; over what it holds where it is not filled. Where no kernel
+    computes it, the product is rounded to its own dtype in between."""
+    if kernels.multiply(gradient, Term(left, right), add=filled):
+        return
     turn = gradient.shape[1] >= WIDE and left.stride(0) == 1
     if gradient.numel() < LENT:
         part = (left.contiguous() if turn else left) @ right

@@ -29,9 +29,8 @@ def use_fast_linears(model: nn.Module) -> None:
 
     Gradients of trained weights can be added in place (`gradients.py`). On processors with AVX-512 that are not Intel's,
     float32 products with gradients go through oneDNN: MKL, with which torch multiplies them, leaves their widest vectors
-    unused. On those with AVX2 compiled kernels multiply, where they are there. On Intel's there is nothing to gain (measured:
-    MKL is as fast or faster). A LoRA layer adds its low-rank part inside matrix products, forward and backward, where PEFT
-    takes three more passes over the layer's output.
+    unused. On those with AVX2, and on Intel's with AVX-512, compiled kernels multiply, where they are there. A LoRA layer
+    adds its low-rank part inside matrix products, forward and backward, where PEFT takes three more passes over its output.
 
     Only plain layers change (class `Linear` and `Embedding` of torch, `Linear` of PEFT); GPT-2's Conv1D, quantized layers
     and LoRA variants stay as they are, and so does every layer whose forward another library has replaced.
@@ -184,7 +183,8 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, with the gradient of a trained weight in place, and in float32 through oneDNN or kernels where these
     are faster."""
     trained = IN_PLACE.takes(weight)
-    ours = states.dtype == torch.float32 and states.dim() > 1 and (has_onednn(weight) or has_kernels(weight))
+    wide = states.dtype == weight.dtype == torch.float32
+    ours = wide and states.dim() > 1 and (has_onednn(weight) or has_kernels(weight))
     if trained or (ours and not torch.is_autocast_enabled("cpu")):
         apply: Callable[..., Tensor] = LinearPass.apply
         return apply(states, weight, bias)

@@ -48,7 +48,7 @@ def has_onednn(weight: Tensor) -> bool:
 
 def has_kernels(weight: Tensor) -> bool:
     """Whether products with this weight are faster by compiled kernels."""
-    return weight.dtype == torch.float32 and kernels.multiplies() and on_cpu(weight) and is_plain(weight)
+    return kernels.multiplies(weight.dtype) and on_cpu(weight) and is_plain(weight)
 
 
 def computed_in(states: Tensor) -> torch.dtype:
@@ -59,7 +59,7 @@ def computed_in(states: Tensor) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """`scale left @ right`, of matrices."""
-    if kernels.multiplies() and left.dtype == torch.float32 and on_cpu(left):
+    if kernels.multiplies(left.dtype) and on_cpu(left):
         out = left.new_empty(left.shape[0], right.shape[1])
         if kernels.multiply(out, Term(left, right, scale)):
             return out

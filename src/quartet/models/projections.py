@@ -176,11 +176,15 @@ def _by_states(
 ) -> Tensor:
     """The gradient of what the layers were given; the parts are summed up in its dtype."""
     like, dtype = gradients[0], ctx.states_dtype
+    terms = [Term(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
+    if by_low is not None and joined is not None:
+        terms.append(Term(by_low, joined))
     if like.dtype == dtype:
-        terms = [Term(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
-        if by_low is not None and joined is not None:
-            terms.append(Term(by_low, joined))
         return sum_into(like.new_empty(like.shape[0], ctx.shape[-1]), *terms).view(ctx.shape)
+    if kernels.multiplies(like.dtype):
+        total = like.new_empty(like.shape[0], ctx.shape[-1], dtype=dtype)
+        if kernels.multiply(total, *terms):
+            return total.view(ctx.shape)
     parts = [by_transposed(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
     if by_low is not None and joined is not None:
         parts.append(product(by_low, joined))

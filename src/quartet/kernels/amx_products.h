@@ -1,0 +1,215 @@
+/* Sums of matrix products in bfloat16 by tiles of AMX, 16 rows times 16 columns and 32 numbers deep: parts of A and B are packed into
+ * tiles, the numbers of B in pairs. Sums are float32 from the first term to the last, and rounded once. */
+
+enum {
+    TILE_WORDS = SIDE * SIDE, /* of four bytes: two numbers */
+    TILES_DEEP = 32,          /* tiles that are multiplied before their sums are put away */
+    TILES_ACROSS = 32,        /* of columns, whose packed parts stay in the second cache */
+    ROWS_AT_ONCE = 384,       /* whose sums wait for what is deeper */
+};
+#define TILE_NUMBERS (2 * TILE_WORDS)
+#define TARGET_TILES __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
+/* Floats of a thread's room: packed B, packed A of 32 rows, sums of four tiles, sums that wait. */
+#define TILES_WITHIN \
+    (TILES_ACROSS * TILES_DEEP * TILE_WORDS + 2 * TILES_DEEP * TILE_WORDS + 4 * TILE_WORDS + ROWS_AT_ONCE * TILES_ACROSS * SIDE)
+
+INLINE bf16 scaled_bf16(bf16 number, float scale) {
+    bf16 found;
+    store_bf16(&found, load_bf16(&number) * scale);
+    return found;
+}
+
+/* A tile whose rows are up to 16 lines of up to 32 numbers, or for `pairs` its transposed in words: [16 pairs of numbers][16 lines].
+ * Zeros where there is nothing. */
+TARGET_TILES static void packed_slowly(const bf16 *from, long line, long step, long lines, long width, float scale, int pairs, bf16 *to) {
+    for (long n = 0; n < SIDE; n++)
+        for (long k = 0; k < DEPTH; k++) {
+            const bf16 number = n < lines && k < width ? from[n * line + k * step] : 0;
+            to[pairs ? k / 2 * DEPTH + 2 * n + k % 2 : n * DEPTH + k] = scale == 1.0f ? number : scaled_bf16(number, scale);
+        }
+}
+
+INLINE __attribute__((target("arch=x86-64-v4,avx512bf16"))) __m512 widened(__m256i numbers) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+/* The same of 16 lines: rows that are lines, */
+TARGET_TILES INLINE void packed_lines(const bf16 *from, long line, long width, float scale, const int pairs, bf16 *to) {
+    const __mmask32 there = width < DEPTH ? ((__mmask32)1 << width) - 1 : ~(__mmask32)0;
+    __m512 r[SIDE];
+#pragma GCC unroll 16
+    for (int n = 0; n < SIDE; n++) r[n] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, from + n * line));
+    if (scale != 1.0f)
+        for (int n = 0; n < SIDE; n++) {
+            const __m512i whole = _mm512_castps_si512(r[n]);
+            const __m512 low = widened(_mm512_castsi512_si256(whole)) * scale, high = widened(_mm512_extracti64x4_epi64(whole, 1)) * scale;
+            r[n] = (__m512)_mm512_cvtne2ps_pbh(high, low);
+        }
+    if (pairs)
+        turn_rows_v4(SIDE, r, (float *)to, SIDE);
+    else
+#pragma GCC unroll 16
+        for (int n = 0; n < SIDE; n++) _mm512_storeu_ps((float *)to + n * SIDE, r[n]);
+}
+
+/* and rows across 32 lines, for two tiles that lie `apart`; of so many pairs of rows. */
+TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long count, const int pairs, bf16 *to, long apart) {
+    __m512 left[SIDE], right[SIDE];
+    for (long k = count; k < SIDE; k++) {
+        left[k] = right[k] = _mm512_setzero_ps();
+        if (!pairs) continue;
+        _mm512_storeu_ps((float *)to + k * SIDE, left[k]);
+        _mm512_storeu_ps((float *)(to + apart) + k * SIDE, right[k]);
+    }
+#pragma GCC unroll 16
+    for (long k = 0; k < count; k++) {
+        const bf16 *first = from + 2 * k * step, *second = first + step;
+        __builtin_prefetch(first + DEPTH * step, 0, 3);
+        __builtin_prefetch(second + DEPTH * step, 0, 3);
+        const __m512i one = _mm512_loadu_si512(first), two = _mm512_loadu_si512(second);
+        left[k] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(one)),
+                                                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(two)), 16)));
+        right[k] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(one, 1)),
+                                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(two, 1)), 16)));
+        if (pairs) {
+            _mm512_storeu_ps((float *)to + k * SIDE, left[k]);
+            _mm512_storeu_ps((float *)(to + apart) + k * SIDE, right[k]);
+        }
+    }
+    if (pairs) return;
+    turn_rows_v4(SIDE, left, (float *)to, SIDE);
+    turn_rows_v4(SIDE, right, (float *)(to + apart), SIDE);
+}
+
+/* Tiles of up to 32 lines, 16 in each of two strips, from place `start` of the terms' depths on; each term begins with a tile of its
+ * own. */
+TARGET_TILES INLINE void packed_strips(const product_sum *p, const int pairs, long first, long lines, long start, long tiles, bf16 *out) {
+    const long apart = tiles * TILE_NUMBERS;
+    long place = 0;
+    for (long n = 0; n < p->count && tiles > 0; n++) {
+        const term *t = p->terms + n;
+        const long own = (t->width + DEPTH - 1) / DEPTH, from = start - place;
+        place += own;
+        if (from >= own) continue;
+        const long line = pairs ? t->b_step : t->a_row, step = pairs ? t->b_row : t->a_step;
+        const bf16 *base = (const bf16 *)(pairs ? t->b : t->a) + first * line;
+        const float scale = pairs ? 1.0f : t->scale;
+        for (long k = from; k < own && tiles > 0; k++, tiles--, start++, out += TILE_NUMBERS) {
+            const long width = t->width - k * DEPTH;
+            const bf16 *at = base + k * DEPTH * step;
+            if (scale == 1.0f && line == 1 && lines >= 2 * SIDE && (width >= DEPTH || width % 2 == 0)) {
+                if (width >= DEPTH)
+                    packed_across(at, step, SIDE, pairs, out, apart);
+                else
+                    packed_across(at, step, width / 2, pairs, out, apart);
+                continue;
+            }
+            for (long strip = 0; strip < 2 && lines > strip * SIDE; strip++) {
+                const bf16 *here = at + strip * SIDE * line;
+                if (step == 1 && lines >= (strip + 1) * SIDE)
+                    packed_lines(here, line, width, scale, pairs, out + strip * apart);
+                else
+                    packed_slowly(here, line, step, lines - strip * SIDE, width, scale, pairs, out + strip * apart);
+            }
+        }
+    }
+}
+
+/* 16 rows of sums to where they belong. */
+TARGET_TILES INLINE void put_sums(const product_sum *p, const float *sums, long i, long j, long rows, long columns) {
+    const __mmask16 there = (__mmask16)((1u << columns) - 1);
+    for (long r = 0; r < rows; r++) {
+        __m512 found = _mm512_loadu_ps(sums + r * SIDE);
+        const long place = (i + r) * p->out_row + j;
+        if (p->wide) {
+            float *out = p->out + place;
+            if (p->add) found += _mm512_maskz_loadu_ps(there, out);
+            _mm512_mask_storeu_ps(out, there, found);
+            continue;
+        }
+        bf16 *out = (bf16 *)p->out + place;
+        if (p->bias)
+            found += widened(_mm256_maskz_loadu_epi16(there, (const bf16 *)p->bias + j));
+        if (p->add) found += widened(_mm256_maskz_loadu_epi16(there, out));
+        _mm256_mask_storeu_epi16(out, there, (__m256i)_mm512_cvtneps_pbh(found));
+    }
+}
+
+/* Rows `from` to `to` of columns `left` to `right`. */
+TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, long from, long to, long left, long right) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) tiles.bytes[i] = 4 * SIDE, tiles.rows[i] = SIDE;
+    _tile_loadconfig(&tiles);
+    float *own_b = room, *own_a = own_b + TILES_ACROSS * TILES_DEEP * TILE_WORDS, *sums = own_a + 2 * TILES_DEEP * TILE_WORDS;
+    float *waiting = sums + 4 * TILE_WORDS;
+    long total = 0;
+    for (long n = 0; n < p->count; n++) total += (p->terms[n].width + DEPTH - 1) / DEPTH;
+    const long blocks = (total + TILES_DEEP - 1) / TILES_DEEP;
+    for (long top = from; top < to; top += ROWS_AT_ONCE)
+        for (long j = left; j < right; j += TILES_ACROSS * SIDE) {
+            const long bottom = to - top < ROWS_AT_ONCE ? to : top + ROWS_AT_ONCE;
+            const long end = right - j < TILES_ACROSS * SIDE ? right : j + TILES_ACROSS * SIDE;
+            for (long n = 0; n < blocks; n++) {
+                const long start = total * n / blocks, deep = total * (n + 1) / blocks - start;
+                for (long c = j; c < end; c += 2 * SIDE)
+                    packed_strips(p, 1, c, p->columns - c, start, deep, (bf16 *)(own_b + (c - j) / SIDE * deep * TILE_WORDS));
+                for (long i = top; i < bottom; i += 2 * SIDE) {
+                    const int both = i + SIDE < bottom;
+                    packed_strips(p, 0, i, p->rows - i, start, deep, (bf16 *)own_a);
+                    for (long c = j; c < end; c += 2 * SIDE) {
+                        const int more = c + SIDE < end;
+                        const float *a = own_a, *second_a = own_a + (both ? deep * TILE_WORDS : 0);
+                        const float *b = own_b + (c - j) / SIDE * deep * TILE_WORDS, *second_b = b + (more ? deep * TILE_WORDS : 0);
+                        float *wait = waiting + ((i - top) / SIDE * TILES_ACROSS + (c - j) / SIDE * 2) * TILE_WORDS;
+                        if (n == 0) {
+                            _tile_zero(0);
+                            _tile_zero(1);
+                            _tile_zero(2);
+                            _tile_zero(3);
+                        } else {
+                            _tile_loadd(0, wait, 4 * SIDE);
+                            _tile_loadd(1, wait + TILE_WORDS, 4 * SIDE);
+                            _tile_loadd(2, wait + 2 * TILE_WORDS, 4 * SIDE);
+                            _tile_loadd(3, wait + 3 * TILE_WORDS, 4 * SIDE);
+                        }
+                        for (long k = 0; k < deep * TILE_WORDS; k += TILE_WORDS) {
+                            _tile_loadd(4, a + k, 4 * SIDE);
+                            _tile_loadd(6, b + k, 4 * SIDE);
+                            _tile_dpbf16ps(0, 4, 6);
+                            _tile_loadd(7, second_b + k, 4 * SIDE);
+                            _tile_dpbf16ps(1, 4, 7);
+                            _tile_loadd(5, second_a + k, 4 * SIDE);
+                            _tile_dpbf16ps(2, 5, 6);
+                            _tile_dpbf16ps(3, 5, 7);
+                        }
+                        float *done = n + 1 < blocks ? wait : sums;
+                        _tile_stored(0, done, 4 * SIDE);
+                        _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
+                        _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
+                        _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
+                        if (done != sums) continue;
+                        for (int q = 0; q < 4; q++) {
+                            const long row = i + q / 2 * SIDE, column = c + q % 2 * SIDE;
+                            if ((q / 2 && !both) || (q % 2 && !more)) continue;
+                            put_sums(p, sums + q * TILE_WORDS, row, column, bottom - row < SIDE ? bottom - row : SIDE,
+                                     end - column < SIDE ? end - column : SIDE);
+                        }
+                    }
+                }
+            }
+        }
+    _tile_release();
+}
+
+/* The part of one of `high * across` threads. */
+static void tiles_of_thread(const product_sum *p, long thread, long high, long across) {
+    const long tall = (p->rows + 31) / 32, wide = (p->columns + 31) / 32, down = thread / across, along = thread % across;
+    const long from = tall * down / high * 32, to = tall * (down + 1) / high * 32;
+    const long left = wide * along / across * 32, right = wide * (along + 1) / across * 32;
+    if (from < to && left < right)
+        tiles_multiplied(p, p->room + thread * TILES_WITHIN, from, to < p->rows ? to : p->rows, left, right < p->columns ? right : p->columns);
+}
