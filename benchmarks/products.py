@@ -1,9 +1,11 @@
-"""Rates of float32 matrix products on this processor: through MKL (`F.linear`, `@`), oneDNN and compiled kernels.
+"""Rates of matrix products on this processor: through MKL (`F.linear`, `@`), oneDNN and compiled kernels.
 
 update     `[tokens, in] x [in, out]` forward, by the states (g W) and by the weight (g^T x); the ways in turn, on one of
            several sets of matrices after the other, so that these come from memory as they do in training
 decoding   all linear layers of a model of size S one after the other, whose weights do not fit into the caches: MKL, oneDNN,
            oneDNN with weights packed for it beforehand, and W x^T
+bfloat16   where it has tiles of AMX: forward, the same with an adapter of rank 16, by the states, and by the weight added to a
+           gradient in float32: torch's operations (oneDNN), and the kernels' tiles
 
 GFLOP/s from medians; `models/products.py` and `rollout/linears.py` choose by them. Kernels are measured whether they are chosen
 on this processor or not.
@@ -23,7 +25,7 @@ from harness import heading, machine, own_versions, parser, write_json
 from torch import Tensor
 
 from quartet import kernels
-from quartet.kernels import multiplying
+from quartet.kernels import Term, multiplying
 
 TOKENS = 896
 OF_S, OF_M = ((256, 256), (2048, 256), (256, 2048), (8192, 256)), ((768, 768), (3072, 768), (768, 3072))
@@ -57,7 +59,7 @@ def by_kernels(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     Raises:
         SystemExit: there are none.
     """
-    if not kernels.multiply(out, kernels.Term(left, right)):
+    if not kernels.multiply(out, Term(left, right)):
         raise SystemExit("there are no compiled kernels here; install Quartet where there is a C compiler")
     return out
 
@@ -88,6 +90,47 @@ def update(times: int) -> list[dict[str, Any]]:
                 start = time.perf_counter()
                 run(*given)
                 if turn:  # the first warms up
+                    taken[name].append(time.perf_counter() - start)
+        work = 2 * TOKENS * out * wide / 1e9
+        rows.append({"out": out, "in": wide} | {name: work / median(found) for name, found in taken.items()})
+    return rows
+
+
+def in_bfloat16(times: int) -> list[dict[str, Any]]:
+    """One row for each shape, the large ones."""
+    rows, dtype, rank = [], torch.bfloat16, 16
+    for out, wide in (shape for shape in SHAPES if min(shape) > rank):
+        sets = [
+            tuple(torch.randn(*size).to(dtype) for size in ((TOKENS, wide), (out, wide), (TOKENS, out)))
+            for _ in range(SETS)
+        ]
+        result, by_states, gradient = (
+            torch.empty(TOKENS, out, dtype=dtype),
+            torch.empty(TOKENS, wide, dtype=dtype),
+            torch.zeros(out, wide),
+        )
+        low, up = torch.randn(TOKENS, rank).to(dtype), torch.randn(out, rank).to(dtype)
+        upright = up.t().contiguous()
+        ways: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+            "forward": lambda x, w, g, y=result: torch.mm(x, w.t(), out=y),
+            "tiles": lambda x, w, g, y=result: kernels.multiply(y, Term(x, w.t())),
+            "with adapter": lambda x, w, g, y=result, a=low, b=upright: torch.mm(x, w.t(), out=y).addmm_(
+                a, b, alpha=2.0
+            ),
+            "tiles ": lambda x, w, g, y=result, a=low, b=up: kernels.multiply(y, Term(x, w.t()), Term(a, b.t(), 2.0)),
+            "by states": lambda x, w, g, y=by_states: torch.mm(g, w, out=y),
+            "tiles  ": lambda x, w, g, y=by_states: kernels.multiply(y, Term(g, w)),
+            "by weight": lambda x, w, g, y=gradient: y.add_(g.t() @ x),
+            "tiles   ": lambda x, w, g, y=gradient: kernels.multiply(y, Term(g.t(), x), add=True),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(times + 1):
+            for number, (name, run) in enumerate(ways.items()):
+                given = sets[(turn * len(ways) + number) % SETS]
+                start = time.perf_counter()
+                if run(*given) is False:
+                    raise SystemExit(f"the kernels do not compute this: {name}")
+                if turn:
                     taken[name].append(time.perf_counter() - start)
         work = 2 * TOKENS * out * wide / 1e9
         rows.append({"out": out, "in": wide} | {name: work / median(found) for name, found in taken.items()})
@@ -129,9 +172,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     versions = {"quartet": own_versions()}
     print(heading(versions, options.threads), f"({torch.backends.cpu.get_cpu_capability()})")
-    multiplying.kernels_are_faster, multiplying.SMALLEST = lambda: True, 0
+    multiplying.kernels_are_faster, multiplying.SMALLEST, multiplying.NARROW = lambda: True, 0, 10**9
     times = 5 if options.quick else 21
     figures = {"update": update(times), "decoding": decoding(times)}
+    if kernels.multiplies(torch.bfloat16):
+        figures["bfloat16"] = in_bfloat16(times)
     for rows in figures.values():
         show(rows)
     about = {"machine": machine(), "versions": versions, "threads": options.threads, "tokens": TOKENS, "seed": 0}
