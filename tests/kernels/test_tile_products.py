@@ -22,8 +22,7 @@ order of its sum."""
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every size."""
-    monkeypatch.setattr(multiplying, "SMALLEST", 0)
+    """At every size, of however few numbers."""
     monkeypatch.setattr(multiplying, "NARROW", 10**9)
     if not kernels.multiplies(NARROW):
         pytest.skip("this processor has no tiles, or there are no kernels")
@@ -114,6 +113,20 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(width: int, columns: int) -> None
         alone = torch.empty(end - start, columns, dtype=NARROW)
         assert kernels.multiply(alone, Term(left[start:end], right))
         assert torch.equal(alone, found[0][start:end])
+
+
+def test_what_waits_is_computed_before_in_a_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product in float32 that waits knows the address of its room, which one in bfloat16 replaces by a larger one."""
+    monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
+    multiplying._kept.__dict__.clear()
+    wide = Term(torch.randn(100, 300), torch.randn(300, 200))
+    first, second = torch.full((100, 200), torch.nan), torch.full((100, 200), torch.nan, dtype=NARROW)
+    with kernels.together(True):
+        assert kernels.multiply(first, wide)
+        assert first.isnan().all()
+        assert kernels.multiply(second, Term(matrix(100, 300), matrix(300, 200)))
+        assert relative(first, exact(wide)) < 1e-6
+        assert relative(second, exact(Term(matrix(100, 300), matrix(300, 200)))) < BOUND[NARROW]
 
 
 def test_what_is_no_number_stays_in_its_row_and_column() -> None:

@@ -149,6 +149,23 @@ def test_what_cannot_wait_catches_up_first(refused: Callable[[], bool]) -> None:
         assert (out == 8).all()
 
 
+def test_a_room_that_grows_is_not_taken_from_what_waits() -> None:
+    """More threads need a larger one; what waits has the address of the one before."""
+    multiplying._kept.__dict__.clear()
+    terms = [Term(torch.randn(100, 300), torch.randn(300, 200)) for _ in range(2)]
+    outs = [torch.full((100, 200), torch.nan) for _ in terms]
+    torch.set_num_threads(1)
+    with kernels.together(True):
+        assert kernels.multiply(outs[0], terms[0])
+        assert outs[0].isnan().all()
+        torch.set_num_threads(4)
+        assert kernels.multiply(outs[1], terms[1])
+        assert not outs[0].isnan().any()
+        assert outs[1].isnan().all()
+    for out, term in zip(outs, terms, strict=True):
+        torch.testing.assert_close(out, (term.left.double() @ term.right.double()).float(), rtol=1e-5, atol=1e-4)
+
+
 def test_after_an_error_nothing_waits() -> None:
     out, left = torch.zeros(8, 8), torch.ones(8, 8)
 

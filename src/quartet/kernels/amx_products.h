@@ -143,6 +143,7 @@ TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, lon
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 4 * SIDE, tiles.rows[i] = SIDE;
+    __asm__ volatile("" ::: "memory"); /* some compilers do not know what the tile instructions read */
     _tile_loadconfig(&tiles);
     float *own_b = room, *own_a = own_b + TILES_ACROSS * TILES_DEEP * TILE_WORDS, *sums = own_a + 2 * TILES_DEEP * TILE_WORDS;
     float *waiting = sums + 4 * TILE_WORDS;
@@ -160,6 +161,7 @@ TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, lon
                 for (long i = top; i < bottom; i += 2 * SIDE) {
                     const int both = i + SIDE < bottom;
                     packed_strips(p, 0, i, p->rows - i, start, deep, (bf16 *)own_a);
+                    __asm__ volatile("" ::: "memory");
                     for (long c = j; c < end; c += 2 * SIDE) {
                         const int more = c + SIDE < end;
                         const float *a = own_a, *second_a = own_a + (both ? deep * TILE_WORDS : 0);

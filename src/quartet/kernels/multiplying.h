@@ -34,7 +34,7 @@ void multiply(const product_sum *p) {
 /* Whether products in bfloat16 are multiplied here. */
 long has_tile_products(void) {
 #ifdef TILES
-    return has_tiles();
+    return has_tiles() && is_v4() && __builtin_cpu_supports("avx512bf16");
 #else
     return 0;
 #endif

@@ -20,7 +20,7 @@ WITHIN = 288 * (96 + 1024 + 32)
 """Numbers of a thread's room (`WITHIN` in terms.h), which is kept. A plan of memory does not count it: it lies within what is
 counted for the libraries, which multiply less where kernels do."""
 SMALLEST = 2**17
-"""Multiplications below which a call of torch's product costs less."""
+"""Multiplications below which a call of torch's product costs less, in float32."""
 WITHIN_TILES = 256 * (32 * 32 + 2 * 32 + 4 + 384 * 2)
 """The same for products in bfloat16 (`TILES_WITHIN` in amx_products.h)."""
 NARROW = 64
@@ -105,7 +105,9 @@ def _multiplied(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: 
         if bias.shape != (columns,) or bias.dtype != out.dtype or bias.dtype != dtype or not bias.is_contiguous():
             return False
         tensors.append(bias)
-    if rows * columns * width < max(SMALLEST, 1) or not _fit(tensors, out, dtype, terms):
+    # In bfloat16 whatever the rows: tiles round a sum once, and a row's numbers are to be the same beside others.
+    smallest = SMALLEST if dtype == torch.float32 else 1
+    if rows * columns * width < max(smallest, 1) or not _fit(tensors, out, dtype, terms):
         return False
     if are_real(*tensors):
         _call(out, terms, bias, add, tensors)
@@ -125,16 +127,15 @@ def _fit(tensors: list[Tensor], out: Tensor, dtype: torch.dtype, terms: tuple[Te
 
 
 def _call(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool, tensors: list[Tensor]) -> None:
-    dtype, threads = terms[0].left.dtype, torch.get_num_threads()
-    tiles = dtype == torch.bfloat16
+    tiles, threads = terms[0].left.dtype == torch.bfloat16, torch.get_num_threads()
+    if tiles:
+        caught_up()
     numbers: list[float] = [*out.shape, out.stride(0), add, tiles and out.dtype == torch.float32, len(terms), threads]
     numbers += (out.data_ptr(), _room(threads, tiles).data_ptr(), 0 if bias is None else bias.data_ptr())
     for left, right, scale in terms:
         numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
     given = _layout(len(terms)).pack(*numbers)
-    if tiles:
-        caught_up()
-    elif waits("multiply", given, tensors):
+    if not tiles and waits("multiply", given, tensors):
         return
     function = kernel("multiply_tiles" if tiles else "multiply")
     assert function is not None, "looked for by `multiplies`"
@@ -151,5 +152,6 @@ def _room(threads: int, tiles: bool) -> Tensor:
     room: Tensor | None = getattr(_kept, "room", None)
     numbers = threads * (WITHIN_TILES if tiles else WITHIN)
     if room is None or room.numel() < numbers:
+        caught_up()  # what waits may compute in the smaller one
         room = _kept.room = torch.empty(numbers, dtype=torch.float32, device="cpu")
     return room

@@ -61,8 +61,8 @@ def in_one_pass(states: Tensor, layers: list[Weights]) -> bool:
 
 
 def by_kernels(layers: list[Weights]) -> bool:
-    """Whether kernels compute the products of all layers."""
-    return all(has_kernels(layer.weight) for layer in layers)
+    """Whether kernels that can wait for each other compute the products of all layers: those in float32."""
+    return all(layer.weight.dtype == torch.float32 and has_kernels(layer.weight) for layer in layers)
 
 
 class GatedMLP(torch.autograd.Function):
@@ -209,6 +209,7 @@ def _sum_of(gate: list[Term], up: list[Term], dtype: torch.dtype) -> Tensor:
         total = like.new_empty(like.shape[0], columns, dtype=dtype)
         if kernels.multiply(total, *gate, *up):
             return total
+        del total
     result = like.new_empty(like.shape[0], columns)
     if like.dtype == dtype:
         return sum_into(result, *gate, *up)

@@ -32,7 +32,7 @@ SUMS_UP = torch.__version__ >= "2.10"
 def add_narrow_product(gradient: Tensor, left: Tensor, right: Tensor, *, filled: bool) -> None:
     """Add `left @ right`, of a narrower dtype, to a gradient; over what it holds where it is not filled. Where no kernel
     computes it, the product is rounded to its own dtype in between."""
-    if kernels.multiply(gradient, Term(left, right), add=filled):
+    if on_cpu(gradient) and kernels.multiply(gradient, Term(left, right), add=filled):
         return
     turn = gradient.shape[1] >= WIDE and left.stride(0) == 1
     if gradient.numel() < LENT:

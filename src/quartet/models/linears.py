@@ -243,7 +243,7 @@ class LoraPass(torch.autograd.Function):
         ctx.states_dtype, ctx.adapter_dtype, ctx.scale = states.dtype, down.dtype, scale
         states, down, up = states.to(dtype), down.to(dtype), up.to(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        with kernels.together(has_kernels(weight)):
+        with kernels.together(dtype == torch.float32 and has_kernels(weight)):
             result, low = with_low_rank(states, weight, bias, down, up, scale)
         ctx.save_for_backward(states, weight, down, up, low)
         return result
@@ -253,7 +253,7 @@ class LoraPass(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, down, up, low = ctx.saved_tensors
         by_states = None
-        with kernels.together(has_kernels(weight)):
+        with kernels.together(weight.dtype == torch.float32 and has_kernels(weight)):
             low_gradient = by_low_rank(gradient.flatten(0, -2), up, ctx.scale)
             if ctx.needs_input_grad[0]:
                 by_states = through(gradient, weight.to(gradient.dtype), (down, low_gradient))

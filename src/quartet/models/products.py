@@ -103,7 +103,7 @@ def sum_into(out: Tensor, *terms: Term) -> Tensor:
 
 def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, no gradient asked."""
-    if states.dtype == torch.float32 and states.dim() > 1 and has_kernels(weight):
+    if states.dtype == weight.dtype == torch.float32 and states.dim() > 1 and has_kernels(weight):
         result = states.new_empty(*states.shape[:-1], weight.shape[0])
         if kernels.multiply(result.flatten(0, -2), Term(states.flatten(0, -2), weight.t()), bias=bias):
             return result
@@ -115,7 +115,7 @@ def linear_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def by_transposed(gradient: Tensor, weight: Tensor) -> Tensor:
     """`g W`, no gradient asked."""
-    if gradient.dtype == torch.float32 and has_kernels(weight):
+    if gradient.dtype == weight.dtype == torch.float32 and has_kernels(weight):
         return product(gradient.flatten(0, -2), weight).view(*gradient.shape[:-1], weight.shape[1])
     if gradient.dtype == torch.float32 and has_onednn(weight) and min(weight.shape) >= SMALLEST_TRANSPOSED:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")

@@ -185,6 +185,7 @@ def _by_states(
         total = like.new_empty(like.shape[0], ctx.shape[-1], dtype=dtype)
         if kernels.multiply(total, *terms):
             return total.view(ctx.shape)
+        del total
     parts = [by_transposed(gradient, layer.weight) for gradient, layer in zip(gradients, layers, strict=True)]
     if by_low is not None and joined is not None:
         parts.append(product(by_low, joined))

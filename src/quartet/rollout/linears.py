@@ -124,6 +124,7 @@ class WithAdapter:
         if (
             parts is None
             and isinstance(below, Product)
+            and below.layer.weight.dtype == torch.float32
             and has_kernels(below.layer.weight)
             and not is_hooked(self.base)
         ):
