@@ -115,10 +115,13 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(width: int, columns: int) -> None
         assert torch.equal(alone, found[0][start:end])
 
 
-def test_what_waits_is_computed_before_in_a_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product in float32 that waits knows the address of its room, which one in bfloat16 replaces by a larger one."""
+@pytest.mark.parametrize("grown", [False, True])
+def test_what_waits_is_computed_before(grown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product in float32 that waits knows the address of its room, which one in bfloat16 replaces unless it has grown already."""
     monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
     multiplying._kept.__dict__.clear()
+    if grown:
+        assert kernels.multiply(torch.empty(100, 200, dtype=NARROW), Term(matrix(100, 300), matrix(300, 200)))
     wide = Term(torch.randn(100, 300), torch.randn(300, 200))
     first, second = torch.full((100, 200), torch.nan), torch.full((100, 200), torch.nan, dtype=NARROW)
     with kernels.together(True):
