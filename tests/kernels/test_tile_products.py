@@ -117,7 +117,7 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(width: int, columns: int) -> None
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_what_waits_is_computed_before(grown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product in float32 that waits knows the address of its room, which one in bfloat16 replaces unless it has grown already."""
+    """A product in float32 that waits has the address of its room, which one in bfloat16 replaces where it is too small."""
     monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
     multiplying._kept.__dict__.clear()
     if grown:
