@@ -33,6 +33,12 @@ INLINE __attribute__((target("arch=x86-64-v4,avx512bf16"))) __m512 widened(__m25
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }
 
+/* 32 numbers, each times the scale. */
+TARGET_TILES INLINE __m512i scaled_numbers(__m512i numbers, float scale) {
+    const __m512 low = widened(_mm512_castsi512_si256(numbers)) * scale, high = widened(_mm512_extracti64x4_epi64(numbers, 1)) * scale;
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
 /* The same of 16 lines: rows that are lines, */
 TARGET_TILES INLINE void packed_lines(const bf16 *from, long line, long width, float scale, const int pairs, bf16 *to) {
     const __mmask32 there = width < DEPTH ? ((__mmask32)1 << width) - 1 : ~(__mmask32)0;
@@ -40,11 +46,7 @@ TARGET_TILES INLINE void packed_lines(const bf16 *from, long line, long width, f
 #pragma GCC unroll 16
     for (int n = 0; n < SIDE; n++) r[n] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, from + n * line));
     if (scale != 1.0f)
-        for (int n = 0; n < SIDE; n++) {
-            const __m512i whole = _mm512_castps_si512(r[n]);
-            const __m512 low = widened(_mm512_castsi512_si256(whole)) * scale, high = widened(_mm512_extracti64x4_epi64(whole, 1)) * scale;
-            r[n] = (__m512)_mm512_cvtne2ps_pbh(high, low);
-        }
+        for (int n = 0; n < SIDE; n++) r[n] = _mm512_castsi512_ps(scaled_numbers(_mm512_castps_si512(r[n]), scale));
     if (pairs)
         turn_rows_v4(SIDE, r, (float *)to, SIDE);
     else
@@ -52,8 +54,9 @@ TARGET_TILES INLINE void packed_lines(const bf16 *from, long line, long width, f
         for (int n = 0; n < SIDE; n++) _mm512_storeu_ps((float *)to + n * SIDE, r[n]);
 }
 
-/* and rows across 32 lines, for two tiles that lie `apart`; of so many pairs of rows. */
-TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long count, const int pairs, bf16 *to, long apart) {
+/* and rows across up to 32 lines, for two tiles that lie `apart`; of so many pairs of rows. */
+TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long lines, long count, float scale, const int pairs, bf16 *to, long apart) {
+    const __mmask32 there = lines < 2 * SIDE ? ((__mmask32)1 << lines) - 1 : ~(__mmask32)0;
     __m512 left[SIDE], right[SIDE];
     for (long k = count; k < SIDE; k++) {
         left[k] = right[k] = _mm512_setzero_ps();
@@ -66,7 +69,8 @@ TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long count, 
         const bf16 *first = from + 2 * k * step, *second = first + step;
         __builtin_prefetch(first + DEPTH * step, 0, 3);
         __builtin_prefetch(second + DEPTH * step, 0, 3);
-        const __m512i one = _mm512_loadu_si512(first), two = _mm512_loadu_si512(second);
+        __m512i one = _mm512_maskz_loadu_epi16(there, first), two = _mm512_maskz_loadu_epi16(there, second);
+        if (scale != 1.0f) one = scaled_numbers(one, scale), two = scaled_numbers(two, scale);
         left[k] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(one)),
                                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(two)), 16)));
         right[k] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(one, 1)),
@@ -78,7 +82,7 @@ TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long count, 
     }
     if (pairs) return;
     turn_rows_v4(SIDE, left, (float *)to, SIDE);
-    turn_rows_v4(SIDE, right, (float *)(to + apart), SIDE);
+    if (lines > SIDE) turn_rows_v4(SIDE, right, (float *)(to + apart), SIDE);
 }
 
 /* Tiles of up to 32 lines, 16 in each of two strips, from place `start` of the terms' depths on; each term begins with a tile of its
@@ -97,11 +101,11 @@ TARGET_TILES INLINE void packed_strips(const product_sum *p, const int pairs, lo
         for (long k = from; k < own && tiles > 0; k++, tiles--, start++, out += TILE_NUMBERS) {
             const long width = t->width - k * DEPTH;
             const bf16 *at = base + k * DEPTH * step;
-            if (scale == 1.0f && line == 1 && lines >= 2 * SIDE && (width >= DEPTH || width % 2 == 0)) {
+            if (line == 1 && (width >= DEPTH || width % 2 == 0)) {
                 if (width >= DEPTH)
-                    packed_across(at, step, SIDE, pairs, out, apart);
+                    packed_across(at, step, lines, SIDE, scale, pairs, out, apart);
                 else
-                    packed_across(at, step, width / 2, pairs, out, apart);
+                    packed_across(at, step, lines, width / 2, scale, pairs, out, apart);
                 continue;
             }
             for (long strip = 0; strip < 2 && lines > strip * SIDE; strip++) {
