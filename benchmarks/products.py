@@ -64,6 +64,26 @@ def by_kernels(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def rates(
+    ways: dict[str, Callable[..., Any]], sets: list[tuple[Tensor, ...]], work: int, times: int
+) -> dict[str, float]:
+    """GFLOP/s of each way, in turn, each time with the next of the sets.
+
+    Raises:
+        SystemExit: the kernels do not compute one.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(times + 1):
+        for number, (name, run) in enumerate(ways.items()):
+            given = sets[(turn * len(ways) + number) % len(sets)]
+            start = time.perf_counter()
+            if run(*given) is False:
+                raise SystemExit(f"the kernels do not compute this: {name}")
+            if turn:  # the first warms up
+                taken[name].append(time.perf_counter() - start)
+    return {name: work / 1e9 / median(found) for name, found in taken.items()}
+
+
 def update(times: int) -> list[dict[str, Any]]:
     """One row for each shape."""
     rows = []
@@ -83,16 +103,7 @@ def update(times: int) -> list[dict[str, Any]]:
             "by weight MKL": lambda x, w, g, y, out=by_weight: torch.mm(g.t(), x, out=out),
             "by weight kernels": lambda x, w, g, y, out=by_weight: by_kernels(g.t(), x, out),
         }
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(times + 1):
-            for number, (name, run) in enumerate(ways.items()):
-                given = sets[(turn * len(ways) + number) % SETS]
-                start = time.perf_counter()
-                run(*given)
-                if turn:  # the first warms up
-                    taken[name].append(time.perf_counter() - start)
-        work = 2 * TOKENS * out * wide / 1e9
-        rows.append({"out": out, "in": wide} | {name: work / median(found) for name, found in taken.items()})
+        rows.append({"out": out, "in": wide} | rates(ways, sets, 2 * TOKENS * out * wide, times))
     return rows
 
 
@@ -112,28 +123,20 @@ def in_bfloat16(times: int) -> list[dict[str, Any]]:
         low, up = torch.randn(TOKENS, rank).to(dtype), torch.randn(out, rank).to(dtype)
         upright = up.t().contiguous()
         ways: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
-            "forward": lambda x, w, g, y=result: torch.mm(x, w.t(), out=y),
-            "tiles": lambda x, w, g, y=result: kernels.multiply(y, Term(x, w.t())),
-            "with adapter": lambda x, w, g, y=result, a=low, b=upright: torch.mm(x, w.t(), out=y).addmm_(
+            "forward oneDNN": lambda x, w, g, y=result: torch.mm(x, w.t(), out=y),
+            "forward tiles": lambda x, w, g, y=result: kernels.multiply(y, Term(x, w.t())),
+            "with adapter oneDNN": lambda x, w, g, y=result, a=low, b=upright: torch.mm(x, w.t(), out=y).addmm_(
                 a, b, alpha=2.0
             ),
-            "tiles ": lambda x, w, g, y=result, a=low, b=up: kernels.multiply(y, Term(x, w.t()), Term(a, b.t(), 2.0)),
-            "by states": lambda x, w, g, y=by_states: torch.mm(g, w, out=y),
-            "tiles  ": lambda x, w, g, y=by_states: kernels.multiply(y, Term(g, w)),
-            "by weight": lambda x, w, g, y=gradient: y.add_(g.t() @ x),
-            "tiles   ": lambda x, w, g, y=gradient: kernels.multiply(y, Term(g.t(), x), add=True),
+            "with adapter tiles": lambda x, w, g, y=result, a=low, b=up: kernels.multiply(
+                y, Term(x, w.t()), Term(a, b.t(), 2.0)
+            ),
+            "by states oneDNN": lambda x, w, g, y=by_states: torch.mm(g, w, out=y),
+            "by states tiles": lambda x, w, g, y=by_states: kernels.multiply(y, Term(g, w)),
+            "by weight oneDNN": lambda x, w, g, y=gradient: y.add_(g.t() @ x),
+            "by weight tiles": lambda x, w, g, y=gradient: kernels.multiply(y, Term(g.t(), x), add=True),
         }
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(times + 1):
-            for number, (name, run) in enumerate(ways.items()):
-                given = sets[(turn * len(ways) + number) % SETS]
-                start = time.perf_counter()
-                if run(*given) is False:
-                    raise SystemExit(f"the kernels do not compute this: {name}")
-                if turn:
-                    taken[name].append(time.perf_counter() - start)
-        work = 2 * TOKENS * out * wide / 1e9
-        rows.append({"out": out, "in": wide} | {name: work / median(found) for name, found in taken.items()})
+        rows.append({"out": out, "in": wide} | rates(ways, sets, 2 * TOKENS * out * wide, times))
     return rows
 
 

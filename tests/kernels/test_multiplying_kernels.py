@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from matrices import ORDERS, exact, matrix, relative
 from quartet import kernels
 from quartet.kernels import Term, library, multiplying
 
 faster = multiplying.kernels_are_faster.__wrapped__
-ORDERS = ("rows", "columns", "apart")
-"""Numbers of a row side by side, of a column, or neither."""
 
 
 @pytest.fixture(autouse=True)
@@ -21,24 +19,6 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every processor, and at every size."""
     monkeypatch.setattr(multiplying, "kernels_are_faster", lambda: True)
     monkeypatch.setattr(multiplying, "SMALLEST", 0)
-
-
-def matrix(rows: int, columns: int, order: str = "rows", seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator)
-    if order == "columns":
-        return values.t().contiguous().t()
-    if order == "apart":
-        return torch.stack([values, values], -1)[..., 0]
-    return values
-
-
-def exact(*terms: Term) -> Tensor:
-    return sum((scale * (left.double() @ right.double()) for left, right, scale in terms), torch.zeros(()).double())
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

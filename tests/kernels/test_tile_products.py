@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+import matrices
+from matrices import ORDERS, exact, relative
 from quartet import kernels
 from quartet.kernels import Term, library, multiplying
 
 NARROW, WIDE = torch.bfloat16, torch.float32
-ORDERS = ("rows", "columns", "apart")
-"""Numbers of a row side by side, of a column, or neither."""
 BOUND = {NARROW: 2**-8, WIDE: 1e-6}
 """Relative to the norm of the result: a number in bfloat16 is off by half of 2^-8 of itself at most, one in float32 by the
 order of its sum."""
@@ -28,22 +28,7 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this processor has no tiles, or there are no kernels")
 
 
-def matrix(rows: int, columns: int, order: str = "rows", seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator).to(NARROW)
-    if order == "columns":
-        return values.t().contiguous().t()
-    if order == "apart":
-        return torch.stack([values, values], -1)[..., 0]
-    return values
-
-
-def exact(*terms: Term) -> Tensor:
-    return sum((scale * (left.double() @ right.double()) for left, right, scale in terms), torch.zeros(()).double())
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+matrix = partial(matrices.matrix, dtype=NARROW)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -25,16 +25,22 @@ static void pack_rows(const float *x, long rows, long width, uint32_t *packed) {
         }
 }
 
-/* As `product`, where the width is a multiple of 32 and the number of features one of 16. */
-__attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const uint32_t *packed, long rows, const bf16 *w,
-                                                                          long width, float *out, long from, long to) {
+/* Have all tiles be 16 rows of 16 words. */
+__attribute__((target("amx-tile"))) INLINE void whole_tiles(void) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 4 * SIDE, tiles.rows[i] = SIDE;
+    __asm__ volatile("" ::: "memory"); /* some compilers do not know what the instruction reads */
     _tile_loadconfig(&tiles);
+}
+
+/* As `product`, where the width is a multiple of 32 and the number of features one of 16. */
+__attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const uint32_t *packed, long rows, const bf16 *w,
+                                                                          long width, float *out, long from, long to) {
+    whole_tiles();
     for (long n = from; n < to; n += 2 * SIDE) {
         const int more = n + SIDE < to;
         const long ahead = to - n < 4 * SIDE ? to - n : 4 * SIDE; /* features that are asked for before they are needed */

@@ -139,21 +139,60 @@ TARGET_TILES INLINE void put_sums(const product_sum *p, const float *sums, long 
     }
 }
 
+/* Two strips of A times two of B, or one twice: their sums to `done`, after those that `wait` where there are any. */
+TARGET_TILES INLINE void four_sums(const float *a, const float *second_a, const float *b, const float *second_b, long deep,
+                                   const float *wait, float *done) {
+    if (wait) {
+        _tile_loadd(0, wait, 4 * SIDE);
+        _tile_loadd(1, wait + TILE_WORDS, 4 * SIDE);
+        _tile_loadd(2, wait + 2 * TILE_WORDS, 4 * SIDE);
+        _tile_loadd(3, wait + 3 * TILE_WORDS, 4 * SIDE);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < deep * TILE_WORDS; k += TILE_WORDS) {
+        _tile_loadd(4, a + k, 4 * SIDE);
+        _tile_loadd(6, b + k, 4 * SIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, second_b + k, 4 * SIDE);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, second_a + k, 4 * SIDE);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, done, 4 * SIDE);
+    _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
+    _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
+    _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
+}
+
+/* Up to 32 rows from `i` on of columns `j` to `end`, from packed A and B of one depth, the `first` or `last` of all: between depths the sums
+ * are kept in `waiting`. */
+TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const float *a, const float *b, long deep, long i, long bottom, long j, long end,
+                                       float *sums, float *waiting, int first, int last) {
+    const int both = i + SIDE < bottom;
+    for (long c = j; c < end; c += 2 * SIDE, b += 2 * deep * TILE_WORDS, waiting += 4 * TILE_WORDS) {
+        const int more = c + SIDE < end;
+        four_sums(a, a + (both ? deep * TILE_WORDS : 0), b, b + (more ? deep * TILE_WORDS : 0), deep, first ? 0 : waiting, last ? sums : waiting);
+        for (int q = 0; last && q < 4; q++) {
+            const long row = i + q / 2 * SIDE, column = c + q % 2 * SIDE;
+            if ((q / 2 && !both) || (q % 2 && !more)) continue;
+            put_sums(p, sums + q * TILE_WORDS, row, column, bottom - row < SIDE ? bottom - row : SIDE, end - column < SIDE ? end - column : SIDE);
+        }
+    }
+}
+
 /* Rows `from` to `to` of columns `left` to `right`. */
 TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, long from, long to, long left, long right) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } tiles = {.palette = 1};
-    for (int i = 0; i < 8; i++) tiles.bytes[i] = 4 * SIDE, tiles.rows[i] = SIDE;
-    __asm__ volatile("" ::: "memory"); /* some compilers do not know what the tile instructions read */
-    _tile_loadconfig(&tiles);
     float *own_b = room, *own_a = own_b + TILES_ACROSS * TILES_DEEP * TILE_WORDS, *sums = own_a + 2 * TILES_DEEP * TILE_WORDS;
     float *waiting = sums + 4 * TILE_WORDS;
     long total = 0;
     for (long n = 0; n < p->count; n++) total += (p->terms[n].width + DEPTH - 1) / DEPTH;
     const long blocks = (total + TILES_DEEP - 1) / TILES_DEEP;
+    whole_tiles();
     for (long top = from; top < to; top += ROWS_AT_ONCE)
         for (long j = left; j < right; j += TILES_ACROSS * SIDE) {
             const long bottom = to - top < ROWS_AT_ONCE ? to : top + ROWS_AT_ONCE;
@@ -163,48 +202,10 @@ TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, lon
                 for (long c = j; c < end; c += 2 * SIDE)
                     packed_strips(p, 1, c, p->columns - c, start, deep, (bf16 *)(own_b + (c - j) / SIDE * deep * TILE_WORDS));
                 for (long i = top; i < bottom; i += 2 * SIDE) {
-                    const int both = i + SIDE < bottom;
                     packed_strips(p, 0, i, p->rows - i, start, deep, (bf16 *)own_a);
-                    __asm__ volatile("" ::: "memory");
-                    for (long c = j; c < end; c += 2 * SIDE) {
-                        const int more = c + SIDE < end;
-                        const float *a = own_a, *second_a = own_a + (both ? deep * TILE_WORDS : 0);
-                        const float *b = own_b + (c - j) / SIDE * deep * TILE_WORDS, *second_b = b + (more ? deep * TILE_WORDS : 0);
-                        float *wait = waiting + ((i - top) / SIDE * TILES_ACROSS + (c - j) / SIDE * 2) * TILE_WORDS;
-                        if (n == 0) {
-                            _tile_zero(0);
-                            _tile_zero(1);
-                            _tile_zero(2);
-                            _tile_zero(3);
-                        } else {
-                            _tile_loadd(0, wait, 4 * SIDE);
-                            _tile_loadd(1, wait + TILE_WORDS, 4 * SIDE);
-                            _tile_loadd(2, wait + 2 * TILE_WORDS, 4 * SIDE);
-                            _tile_loadd(3, wait + 3 * TILE_WORDS, 4 * SIDE);
-                        }
-                        for (long k = 0; k < deep * TILE_WORDS; k += TILE_WORDS) {
-                            _tile_loadd(4, a + k, 4 * SIDE);
-                            _tile_loadd(6, b + k, 4 * SIDE);
-                            _tile_dpbf16ps(0, 4, 6);
-                            _tile_loadd(7, second_b + k, 4 * SIDE);
-                            _tile_dpbf16ps(1, 4, 7);
-                            _tile_loadd(5, second_a + k, 4 * SIDE);
-                            _tile_dpbf16ps(2, 5, 6);
-                            _tile_dpbf16ps(3, 5, 7);
-                        }
-                        float *done = n + 1 < blocks ? wait : sums;
-                        _tile_stored(0, done, 4 * SIDE);
-                        _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
-                        _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
-                        _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
-                        if (done != sums) continue;
-                        for (int q = 0; q < 4; q++) {
-                            const long row = i + q / 2 * SIDE, column = c + q % 2 * SIDE;
-                            if ((q / 2 && !both) || (q % 2 && !more)) continue;
-                            put_sums(p, sums + q * TILE_WORDS, row, column, bottom - row < SIDE ? bottom - row : SIDE,
-                                     end - column < SIDE ? end - column : SIDE);
-                        }
-                    }
+                    __asm__ volatile("" ::: "memory"); /* as in `whole_tiles` */
+                    rows_of_tiles(p, own_a, own_b, deep, i, bottom, j, end, sums, waiting + (i - top) / SIDE * TILES_ACROSS * TILE_WORDS, n == 0,
+                                  n + 1 == blocks);
                 }
             }
         }
