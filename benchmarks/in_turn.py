@@ -15,7 +15,7 @@ from harness import chosen_cases, heading, machine, make_models, own_versions, p
 
 
 def seconds_in_turn(
-    options: argparse.Namespace, ways: tuple[str, str], switch: Callable[[Any, str], None]
+    options: argparse.Namespace, ways: tuple[str, str], switch: Callable[[Any, str], None], at_once: str | None = None
 ) -> dict[str, Any]:
     """Seconds of one epoch in both ways, pair by pair, after a pair that warms up.
 
@@ -23,6 +23,7 @@ def seconds_in_turn(
         options: those of `quartet_worker.py`, and `pairs`.
         ways: their names.
         switch: given what is loaded and a name, has the next update computed in that way.
+        at_once: the way in which policy and value take their passes at the same time.
 
     Returns:
         `seconds` by way, and the numbers of `tokens` and, filled up to rectangles, of `padded` ones.
@@ -43,13 +44,14 @@ def seconds_in_turn(
         batch = compute_advantages(
             session.score(loaded.rollout.generate(session.next_prompts())), config.ppo, kl_coef=session.state.kl_coef
         )
-        updater = Updater(loaded.trained, loaded.optimizer, loaded.engine, config.ppo, temperature=1.0, seed=7)
+        given = loaded.trained, loaded.optimizer, loaded.engine, config.ppo
+        updaters = {name: Updater(*given, temperature=1.0, seed=7, at_once=name == at_once) for name in ways}
         found: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.pairs + 1):
             for name in sorted(found, reverse=turn % 2 == 0):
                 switch(loaded, name)
                 start = time.perf_counter()
-                updater.update(batch, iteration=1)
+                updaters[name].update(batch, iteration=1)
                 if turn:
                     found[name].append(time.perf_counter() - start)
         table = SequenceTable.of(batch.scored.rollout)
@@ -58,7 +60,7 @@ def seconds_in_turn(
         return {"seconds": found, "tokens": sum(map(table.length, rows)), "padded": padded}
 
 
-def worker(ways: tuple[str, str], switch: Callable[[Any, str], None]) -> None:
+def worker(ways: tuple[str, str], switch: Callable[[Any, str], None], at_once: str | None = None) -> None:
     """One case; its options are those of `quartet_worker.py`, and at the end the number of pairs."""
     from probe import write_result
     from quartet_worker import parse
@@ -66,7 +68,7 @@ def worker(ways: tuple[str, str], switch: Callable[[Any, str], None]) -> None:
     pairs = int(sys.argv.pop())
     options = parse()
     options.pairs = pairs
-    write_result(options.out, seconds_in_turn(options, ways, switch))
+    write_result(options.out, seconds_in_turn(options, ways, switch, at_once))
 
 
 class Case(NamedTuple):

@@ -118,6 +118,12 @@ class Sequences:
         row, step = torch.nonzero_static(mask, size=sum(self.responses)).unbind(1)
         return row, step
 
+    def size(self, *, packed: bool) -> int:
+        """Tokens that are computed: without padding where sequences lie side by side and the host knows their lengths."""
+        if not packed or self.prompts is None or self.responses is None:
+            return self.input_ids.numel()
+        return sum(self.prompts) + sum(self.responses)
+
     def response_tokens(self, row: Tensor, step: Tensor) -> Tensor:
         """Response tokens at the given positions."""
         return self.input_ids[row, self.prompt_lengths[row] + step]

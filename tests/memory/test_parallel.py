@@ -12,12 +12,14 @@ import torch
 import yaml
 
 from pipeline import Pipeline
+from quartet import kernels
 from quartet.cli import main
 from quartet.config import parse_config
 from quartet.errors import ConfigError
 from quartet.memory.choices import Choices, choices_of, workload_of
 from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.figures import Estimate
+from quartet.memory.parallel import passes_in_parallel
 from quartet.memory.search import search
 from quartet.memory.simulator import Simulator
 from quartet.memory.trace import ACTIVATIONS, LOGITS
@@ -63,7 +65,29 @@ def test_auto_takes_it_in_bfloat16_where_half_of_the_memory_is_enough(tiny_run: 
     need = both.phase("update").peak
     assert planned.estimate(2 * need).choices.parallel_passes is True
     assert planned.estimate(2 * need - 2).choices.parallel_passes is False
-    assert planned.estimate(dtype="float32").choices.parallel_passes is False
+
+
+@pytest.mark.parametrize(
+    ("intel", "by_kernels", "hidden", "expected"),
+    [(True, True, 384, True), (True, True, 385, False), (False, True, 384, False), (True, False, 384, False)],
+)
+def test_auto_takes_it_in_float32_where_it_was_measured_to_pay(
+    intel: bool, by_kernels: bool, hidden: int, expected: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "is_intel", lambda: intel)
+    monkeypatch.setattr(kernels, "multiplies", lambda dtype: by_kernels and dtype == torch.float32)
+    planned = Planned(tiny_run(**{"models.dtype": "float32"}))
+    found = passes_in_parallel(planned.plan, planned.choices, hidden, None, lambda: pytest.fail("nobody asked for the memory"))
+    assert found is expected
+
+
+def test_auto_asks_for_half_of_the_memory_in_float32_too(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "is_intel", lambda: True)
+    monkeypatch.setattr(kernels, "multiplies", lambda dtype: dtype == torch.float32)
+    planned = Planned(tiny_run(**{"models.dtype": "float32", "models.sharing": "paired"}, **LORA))
+    both = planned.estimate(parallel_passes=True).phase("update").peak
+    assert planned.estimate(2 * both).choices.parallel_passes is True
+    assert planned.estimate(2 * both - 2).choices.parallel_passes is False
 
 
 @pytest.mark.parametrize("changes", [{}, {**LORA, "models.sharing": "paired"}])

@@ -10,6 +10,7 @@ import torch
 
 from pipeline import Pipeline
 from quartet.errors import TrainingError
+from quartet.models.gradients import IN_PLACE
 from quartet.models.roles import ScalarView
 from quartet.records import Advantaged
 from quartet.stages.bad_steps import step_unless
@@ -60,7 +61,8 @@ def test_only_the_minibatch_of_the_bad_episode_is_left_out(bad: float, tiny_run:
     alone = Pipeline(tiny_run(**changes))
     batch = batch_of(alone)
     updater = alone.updater()
-    updater._gradients_within_memory(batch, SequenceTable.of(batch.scored.rollout), kept)
+    with IN_PLACE.added():  # as `update` does: a gradient that autograd adds up rounds otherwise
+        updater._gradients_within_memory(batch, SequenceTable.of(batch.scored.rollout), kept)
     updater._engine.clip_gradients(updater._parameters, alone.config.ppo.max_grad_norm)
     alone.loaded.optimizer.step()
     weights, expected = pipeline.trained(), alone.trained()

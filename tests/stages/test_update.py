@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from pipeline import Pipeline, hidden_of
 from quartet.records import Advantaged
-from quartet.stages.batching import SequenceTable
+from quartet.stages.batching import SequenceTable, microbatches
 from quartet.stages.optimizer import schedule_factor, set_learning_rate
 from stages_batch import LENGTHS, assert_same, batch_of
 from tiny import TinyRun
@@ -111,6 +112,27 @@ def test_one_process_fills_its_microbatches(alone: bool, packed: bool, tiny_run:
     assert all(len(lengths) * max(lengths) <= (table.widest if packed else table.longest) for lengths in seen)
     assert table.widest == max(map(len, batch.scored.rollout.prompts.tokens)) + batch.scored.rollout.tokens.shape[1]
     assert (max(map(len, seen)) > 1) == alone
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_microbatch_with_the_most_tokens_comes_first(
+    packed: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that count, with padding or without, so that what it was lent fits the others."""
+    pipeline = Pipeline(tiny_run(**{"rollout.batch_size": 8, "ppo.microbatch_rows": 2}))
+    batch, updater = batch_of(pipeline), pipeline.updater()
+    monkeypatch.setattr(type(updater._trained), "packs", lambda *_: packed)
+    table = SequenceTable.of(batch.scored.rollout)
+
+    def size(part: list[int]) -> int:
+        lengths = [table.length(row) for row in part]
+        return sum(lengths) if packed else len(lengths) * max(lengths)
+
+    cut = [part.tolist() for part, _ in microbatches(table, range(8), 2, fill=True, packed=packed)]
+    largest_first = sorted(cut, key=size, reverse=True)
+    assert cut != largest_first
+    found = updater._gradients(batch, table, list(range(8)))[1]
+    assert found.tolist() == list(itertools.chain(*largest_first))
 
 
 def test_microbatches_change_no_metric(tiny_run: TinyRun) -> None:

@@ -167,7 +167,8 @@ class RunConfig(Section):
     parallel_passes: bool | Literal["auto"] = "auto"
     """On the CPU: policy and value take their passes of the update at the same time, each on half of the threads, which
     takes less time and the memory of both models' activations. For plans in which they are two backbones. auto does so
-    in bfloat16, where the predicted peak is then at most half of the free memory."""
+    in bfloat16, and in float32 with small models where compiled kernels multiply on an Intel processor, if the
+    predicted peak is then at most half of the free memory."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 

@@ -29,7 +29,7 @@ TARGET static void SUITED(NAMED(keep_tokens))(const float *from, NUMBER *out, lo
 
 /* Scores of a token to its shares of the tokens up to itself, and zeros up to the limit. */
 TARGET INLINE void SUITED(NAMED(causal_shares))(float *scores, long token, long limit, float scaling) {
-    const float share = 1.0f / exponentials(scores, token + 1, limit, scaling);
+    const float share = 1.0f / SUITED(exponentials)(scores, token + 1, limit, scaling);
     for (long j = 0; j < limit; j += SIDE)
 #pragma omp simd
         for (int i = 0; i < SIDE; i++) scores[j + i] *= share;

@@ -64,8 +64,8 @@ CLONES static void NAMED(keep_head)(const float *head, NUMBER *place, long size)
     for (long j = 0; j < size; j++) STORE(place + j, head[j]);
 }
 
-CLONES static float NAMED(softmax)(float *scores, long count, float scaling) {
-    return exponentials(scores, count, (count + SIDE - 1) / SIDE * SIDE, scaling);
+static float NAMED(softmax)(float *scores, long count, float scaling) {
+    return BEST(exponentials)(scores, count, (count + SIDE - 1) / SIDE * SIDE, scaling);
 }
 
 /* Attention of a row's new token under one key head: keeps its key and value, and looks at what its layer lets it. */

@@ -40,28 +40,6 @@ typedef struct {
     float eps, scaling;
 } step;
 
-/* Scores to exponentials of what each is below the largest, times a positive factor, and their sum. Those from `count` to the limit,
- * a multiple of SIDE, become 0: whole vectors all along. */
-INLINE float exponentials(float *scores, long count, long limit, float scaling) {
-    float tops[SIDE], totals[SIDE] = {0}, top, total = 0.0f;
-    for (long j = count; j < limit; j++) scores[j] = -INFINITY;
-    for (int i = 0; i < SIDE; i++) tops[i] = -INFINITY;
-    for (long j = 0; j < limit; j += SIDE)
-#pragma omp simd
-        for (int i = 0; i < SIDE; i++) tops[i] = scores[j + i] > tops[i] ? scores[j + i] : tops[i];
-    top = tops[0];
-    for (int i = 1; i < SIDE; i++) top = tops[i] > top ? tops[i] : top;
-    for (long j = 0; j < limit; j += SIDE)
-#pragma omp simd
-        for (int i = 0; i < SIDE; i++) {
-            const float e = exponential((scores[j + i] - top) * scaling);
-            scores[j + i] = e;
-            totals[i] += e;
-        }
-    for (int i = 0; i < SIDE; i++) total += totals[i];
-    return total;
-}
-
 /* Where a thread's part of some features begins. */
 static long share(long features, long thread, long threads) {
     return thread == threads ? features : features * thread / threads / SIDE * SIDE;

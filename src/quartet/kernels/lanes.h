@@ -20,6 +20,47 @@ INLINE SUITED(lanes) SUITED(neighbours)(SUITED(lanes) a, SUITED(lanes) b) {
 #endif
 }
 
+/* The largest of SIDE numbers, and their sum. */
+TARGET INLINE float SUITED(largest)(const float *numbers) {
+#if LANES == 16 /* SIDE */
+    return _mm512_reduce_max_ps(_mm512_loadu_ps(numbers));
+#else
+    float top = numbers[0];
+    for (int i = 1; i < SIDE; i++) top = numbers[i] > top ? numbers[i] : top;
+    return top;
+#endif
+}
+
+TARGET INLINE float SUITED(summed)(const float *numbers) {
+#if LANES == 16 /* SIDE */
+    return _mm512_reduce_add_ps(_mm512_loadu_ps(numbers));
+#else
+    float total = 0.0f;
+    for (int i = 0; i < SIDE; i++) total += numbers[i];
+    return total;
+#endif
+}
+
+/* Scores to exponentials of what each is below the largest, times a positive factor, and their sum. Those from `count` to the limit,
+ * a multiple of SIDE, become 0: whole vectors all along. */
+TARGET static float SUITED(exponentials)(float *scores, long count, long limit, float scaling) {
+    float tops[SIDE], totals[SIDE] = {0};
+    for (long j = count; j < limit; j++) scores[j] = -INFINITY;
+    for (int i = 0; i < SIDE; i++) tops[i] = -INFINITY;
+    for (long j = 0; j < limit; j += SIDE)
+#pragma omp simd
+        for (int i = 0; i < SIDE; i++) tops[i] = scores[j + i] > tops[i] ? scores[j + i] : tops[i];
+    const float top = SUITED(largest)(tops);
+    for (long j = 0; j < limit; j += SIDE)
+#pragma omp simd
+        for (int i = 0; i < SIDE; i++) {
+            const float e = exponential((scores[j + i] - top) * scaling);
+            scores[j + i] = e;
+            totals[i] += e;
+        }
+    return SUITED(summed)(totals);
+}
+
 /* out[n][m] = sum_k w[n * w_row + k * w_step] x[k][m] for some features n and one or two vectors of columns m; numbers from one
  * row of x and of `out` to the next are given. Unless null, the weights that come `next`, so many rows of `size` bytes for each
  * number, are asked for meanwhile. */

@@ -75,8 +75,9 @@ class Estimator:
         whole = self.holdings.whole(spec, choices) * torch_dtype(choices.dtype).itemsize
         gather = gathers_for_rollout(choices.gather_for_rollout, whole, free and free - ledger.load.peak)
         choices = replace(choices, gather_for_rollout=gather)
+        hidden = self.holdings.shape(spec.task, 0).hidden
         both = partial(self.phase, "update", plan, replace(choices, parallel_passes=True), ledger)
-        choices = replace(choices, parallel_passes=passes_in_parallel(plan, choices, free, both))
+        choices = replace(choices, parallel_passes=passes_in_parallel(plan, choices, hidden, free, both))
 
         def phase(name: str, merged: bool) -> PhaseBytes:
             return self.phase(name, plan, replace(choices, merge_adapters=merged), ledger)

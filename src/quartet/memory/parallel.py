@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from quartet import kernels
 from quartet.memory.choices import Choices
 from quartet.memory.figures import PhaseBytes
 from quartet.memory.refusals import refuse_asked_for
@@ -16,12 +17,17 @@ SHARE = 0.5
 """Of the free memory that a run may take with the activations of both models, for `auto` to choose it."""
 
 
+SMALL = 384
+"""Features of the hidden states up to which `auto` chooses it in float32 (measured: 256 and 768)."""
+
+
 def passes_in_parallel(
-    plan: SharingPlan, choices: Choices, free: float | None, update: Callable[[], PhaseBytes]
+    plan: SharingPlan, choices: Choices, hidden: int, free: float | None, update: Callable[[], PhaseBytes]
 ) -> bool:
     """What `run.parallel_passes` means for a plan.
 
     Args:
+        hidden: features of the policy's hidden states.
         free: bytes before loading; None where unknown, which counts as enough.
         update: gives the update with both passes at the same time.
 
@@ -35,8 +41,7 @@ def passes_in_parallel(
     if wanted is True:
         refuse_asked_for(KEY, reason)
         return True
-    # In float32 the products keep all threads busy: there is nothing to gain (measured).
-    return reason is None and choices.dtype == "bfloat16" and (free is None or update().peak <= SHARE * free)
+    return reason is None and _pays(choices, hidden) and (free is None or update().peak <= SHARE * free)
 
 
 def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool:
@@ -52,6 +57,18 @@ def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool
     if wanted is True and not before:
         refuse_asked_for(KEY, reason)
     return bool(wanted) and reason is None and (before or wanted is True)
+
+
+def _pays(choices: Choices, hidden: int) -> bool:
+    """Whether it takes less time.
+
+    In float32 products keep all threads busy, but not what lies between them. With compiled kernels, on two cores of an Intel
+    processor with AVX-512, updates took less time at hidden size 256 and more at 768 (benchmarks/parallel_passes.py);
+    elsewhere it is not known.
+    """
+    if choices.dtype == "bfloat16":
+        return True
+    return hidden <= SMALL and kernels.is_intel() and kernels.multiplies(torch.float32)
 
 
 def _why_not(plan: SharingPlan, choices: Choices) -> str | None:
