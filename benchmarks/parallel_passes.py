@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 from in_turn import Case, compare, worker
+from torch import get_num_threads
 
 WAYS = ("one after the other", "at the same time")
 CASES = {
@@ -23,6 +24,8 @@ CASES = {
 
 
 if __name__ == "__main__":
+    if get_num_threads() < 2:
+        raise SystemExit("one thread cannot be halved; leave out OMP_NUM_THREADS=1 and --threads 1")
     if "--out" in sys.argv:
         worker(WAYS, lambda loaded, way: None, at_once=WAYS[1])
     else:

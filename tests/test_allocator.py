@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
-import weakref
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 
 from quartet import allocator
-from quartet.allocator import LARGE, RETURNED_FROM, collecting_own_garbage, return_freed_memory
+from quartet.allocator import LARGE, RETURNED_FROM, return_freed_memory
 
 SCRIPT = """
 import sys
@@ -70,44 +67,3 @@ def test_what_is_returned(
     # M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h; -1 turns trimming off, the last goes up to 32 MiB.
     trimming = [] if smallest == RETURNED_FROM else [(-1, -1)]
     assert told == [(-8, 1), *trimming, (-3, smallest or 32 * 2**20)]
-
-
-class Knot:
-    """An object that reaches itself, so that only the collector can free it."""
-
-    def __init__(self) -> None:
-        self.itself = self
-
-
-@pytest.fixture
-def _nothing_set_aside() -> Iterator[None]:
-    gc.unfreeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_nothing_set_aside")
-def test_garbage_is_looked_for_among_what_the_block_makes() -> None:
-    before = weakref.ref(Knot())
-    with collecting_own_garbage():
-        own = weakref.ref(Knot())
-        assert gc.get_freeze_count() > 0
-        gc.collect()
-        assert own() is None
-        assert before() is not None
-    assert gc.get_freeze_count() == 0
-    gc.collect()
-    assert before() is None
-
-
-@pytest.mark.usefixtures("_nothing_set_aside")
-def test_what_the_caller_has_set_aside_stays_there() -> None:
-    gc.freeze()
-    aside = gc.get_freeze_count()
-    with collecting_own_garbage():
-        pass
-    assert gc.get_freeze_count() == aside
-    gc.unfreeze()
-    with pytest.raises(ValueError, match="own"), collecting_own_garbage(), collecting_own_garbage():
-        raise ValueError("own")
-    assert gc.get_freeze_count() == 0

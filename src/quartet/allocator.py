@@ -1,13 +1,9 @@
-"""What becomes of host memory that tensors give back: kept by the C library for the next ones, or returned to the system; and
-where Python looks for objects that nobody reaches any more."""
+"""What becomes of host memory that tensors give back: kept by the C library for the next ones, or returned to the system."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -63,20 +59,3 @@ def return_gaps() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def collecting_own_garbage() -> Iterator[None]:
-    """Have Python look for unreachable cycles among what is made in the block only.
-
-    Libraries and models are some hundred thousand objects; going through them again and again takes one core 1 % of an
-    update's time. Where the caller has set objects aside already, nothing changes.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -16,6 +16,7 @@ from quartet import kernels
 from quartet.cli import main
 from quartet.config import parse_config
 from quartet.errors import ConfigError
+from quartet.memory import estimate
 from quartet.memory.choices import Choices, choices_of, workload_of
 from quartet.memory.estimate import Estimator, estimator_for
 from quartet.memory.figures import Estimate
@@ -77,8 +78,22 @@ def test_auto_takes_it_in_float32_where_it_was_measured_to_pay(
     monkeypatch.setattr(kernels, "is_intel", lambda: intel)
     monkeypatch.setattr(kernels, "multiplies", lambda dtype: by_kernels and dtype == torch.float32)
     planned = Planned(tiny_run(**{"models.dtype": "float32"}))
-    found = passes_in_parallel(planned.plan, planned.choices, hidden, None, lambda: pytest.fail("nobody asked for the memory"))
-    assert found is expected
+    update = planned.estimate(parallel_passes=False).phase("update")
+    assert passes_in_parallel(planned.plan, planned.choices, hidden, None, lambda: update) is expected
+
+
+@pytest.mark.parametrize("wide", ["language_model", "classifier"])
+def test_the_wider_of_policy_and_value_decides(wide: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, asked = Planned(tiny_run(**{"models.dtype": "float32"})), []
+    shape = planned.estimator.holdings.shape
+    monkeypatch.setattr(
+        planned.estimator.holdings,
+        "shape",
+        lambda task, frozen: replace(shape(task, frozen), hidden=500 if task == wide else 64),
+    )
+    monkeypatch.setattr(estimate, "passes_in_parallel", lambda plan, choices, hidden, *_: bool(asked.append(hidden)))
+    planned.estimate()
+    assert asked == [500]
 
 
 def test_auto_asks_for_half_of_the_memory_in_float32_too(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ class Estimator:
         whole = self.holdings.whole(spec, choices) * torch_dtype(choices.dtype).itemsize
         gather = gathers_for_rollout(choices.gather_for_rollout, whole, free and free - ledger.load.peak)
         choices = replace(choices, gather_for_rollout=gather)
-        hidden = self.holdings.shape(spec.task, 0).hidden
+        names = {plan.view("policy").backbone, plan.view("value").backbone}
+        hidden = max(self.holdings.shape(one.task, 0).hidden for one in plan.backbones if one.name in names)
         both = partial(self.phase, "update", plan, replace(choices, parallel_passes=True), ledger)
         choices = replace(choices, parallel_passes=passes_in_parallel(plan, choices, hidden, free, both))
 

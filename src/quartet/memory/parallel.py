@@ -15,8 +15,6 @@ from quartet.models.plan import SharingPlan
 KEY = "run.parallel_passes"
 SHARE = 0.5
 """Of the free memory that a run may take with the activations of both models, for `auto` to choose it."""
-
-
 SMALL = 384
 """Features of the hidden states up to which `auto` chooses it in float32 (measured: 256 and 768)."""
 
@@ -27,7 +25,7 @@ def passes_in_parallel(
     """What `run.parallel_passes` means for a plan.
 
     Args:
-        hidden: features of the policy's hidden states.
+        hidden: features of the hidden states of policy or value, whichever has more.
         free: bytes before loading; None where unknown, which counts as enough.
         update: gives the update with both passes at the same time.
 
@@ -62,9 +60,10 @@ def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool
 def _pays(choices: Choices, hidden: int) -> bool:
     """Whether it takes less time.
 
-    In float32 products keep all threads busy, but not what lies between them. With compiled kernels, on two cores of an Intel
-    processor with AVX-512, updates took less time at hidden size 256 and more at 768 (benchmarks/parallel_passes.py);
-    elsewhere it is not known.
+    In bfloat16 updates took 0.89 to 1.00 of the time. In float32 products keep all threads busy, but not what lies between
+    them: with compiled kernels updates took 0.93 to 0.99 of it at hidden size 256, 1.01 to 1.08 at 768. Both on two threads
+    of an Intel processor with AVX-512 (benchmarks/parallel_passes.py); other processors, where it may be otherwise, are left
+    out in float32, more threads were not measured.
     """
     if choices.dtype == "bfloat16":
         return True

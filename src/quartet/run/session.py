@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from quartet.allocator import collecting_own_garbage, return_freed_memory, return_gaps
+from quartet.allocator import return_freed_memory, return_gaps
 from quartet.config import Config
 from quartet.distributed import ProcessEngine
 from quartet.errors import CheckpointError, QuartetError, RewardError, TrainingError
@@ -146,8 +146,7 @@ class Session:
         self._prompts = prompts
         self.loaded.roles.use("policy")
         engine = self.loaded.engine
-        with collecting_own_garbage():
-            rollout = self.loaded.rollout.generate(own_share(prompts, engine))
+        rollout = self.loaded.rollout.generate(own_share(prompts, engine))
         if self.loaded.merged:
             return_gaps()  # of the copies, which are all alike and would be filled badly
         if self.config.rollout.correct_rollout:
@@ -162,8 +161,7 @@ class Session:
         return everyones(engine.agree(lambda: self._score(rollout)), self._prompts or rollout.prompts, engine)
 
     def _score(self, rollout: Rollout) -> Scored:
-        with collecting_own_garbage():
-            return score_with(self.config, self.inputs.sources, self.loaded, rollout)
+        return score_with(self.config, self.inputs.sources, self.loaded, rollout)
 
     def finish_iteration(self, batch: Advantaged, stats: UpdateStats, *, learning_rate: float) -> dict[str, float]:
         """Move the run's counters on; returns the iteration's line for metrics.jsonl."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quartet.allocator import collecting_own_garbage
 from quartet.config import PPOConfig
 from quartet.distributed import ProcessEngine
 from quartet.errors import TrainingError
@@ -80,7 +79,6 @@ class Updater:
                 is; the weights are as they were after the last good step. Or a step made them something not finite.
         """
         with (
-            collecting_own_garbage(),
             LENDER.keeping(),
             CONVERTED.keeping(self._in_place and not self._trained.recomputes),
             IN_PLACE.added(self._in_place),
@@ -174,7 +172,7 @@ class Updater:
         packed = self._alone and self._trained.packs(table.longest)
         batches = list(microbatches(table, self._own(table, rows), self._rows, fill=self._alone, packed=packed))
         # What passes lend each other is made once for the largest, and fits the others.
-        batches.sort(key=lambda batch: -batch[1].size(packed=packed))
+        batches.sort(key=lambda part: -part[1].size(packed=packed))
         if self._in_place:
             # Of several microbatches the last has all these gradients and its activations in memory anyway.
             IN_PLACE.reset(self._parameters, reuse=len(batches) > 1)
