@@ -62,6 +62,17 @@ def test_attention_and_its_gradients(
         assert relative(one, other) < 2 * ERRORS[dtype]
 
 
+def test_scores_that_lie_far_apart(generation: str) -> None:
+    """By more than float32 has exponentials for: what they are taken of lies below the largest, wherever that is."""
+    torch.set_num_threads(1)
+    query, key, value = (made(70, 2, 32, torch.float32, seed) for seed in range(3))
+    given = 60.0 * query, key, value
+    scores = given[0] @ key.transpose(2, 3) * 0.2
+    assert (scores.amax(-1) - scores[..., 0]).max() > 89.0
+    found = causal_attention(*given, torch.tensor([0, 70]), 70, 0.2)
+    assert relative(found, formula(*(t.double() for t in given), [0, 70], 0.2)) < 1e-4
+
+
 def test_tokens_of_no_sequence_have_no_part(generation: str) -> None:
     """What fills a row up is neither looked at nor given a gradient."""
     torch.set_num_threads(1)
