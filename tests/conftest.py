@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tiny import TinyRun, Tree, changed
 
@@ -18,14 +19,23 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread_no_network_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests share few cores, and none of them may reach the network or the user's cache."""
-    import torch
-
-    torch.set_num_threads(1)
+def _no_network_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test may reach the network or the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUARTET_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_of_a_module() -> None:
+    """For what is made once for a module."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests share few cores, and decisions and last digits depend on threads: whatever the test before has set."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,15 +159,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """What a test may change."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("plan", "at", "stage"),
     [
@@ -210,7 +200,6 @@ def test_resuming_gives_the_uninterrupted_run(
     assert (broken / newest / "state.json").read_text() == (whole / newest / "state.json").read_text()
 
 
-@pytest.mark.usefixtures("threads")
 def test_resuming_on_one_thread_says_that_passes_no_longer_run_at_the_same_time(tiny_run: TinyRun) -> None:
     values = tiny_run(**{**RESUMED, **WAYS["at the same time"]})
     torch.set_num_threads(2)

@@ -9,19 +9,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from quartet.kernels import library
 
 GENERATIONS = {"this": [], "older": ["-DOLDER_THAN_V4"], "any": ["-DCLONES="]}
 """This processor's own vectors and tiles; those of the generation before; and what every compiler makes of it."""
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,6 @@ def test_attention_and_its_gradients(
 
 def test_scores_that_lie_far_apart(generation: str) -> None:
     """By more than float32 has exponentials for: what they are taken of lies below the largest, wherever that is."""
-    torch.set_num_threads(1)
     query, key, value = (made(70, 2, 32, torch.float32, seed) for seed in range(3))
     given = 60.0 * query, key, value
     scores = given[0] @ key.transpose(2, 3) * 0.2
@@ -75,7 +74,6 @@ def test_scores_that_lie_far_apart(generation: str) -> None:
 
 def test_tokens_of_no_sequence_have_no_part(generation: str) -> None:
     """What fills a row up is neither looked at nor given a gradient."""
-    torch.set_num_threads(1)
     given = [made(25, 2, 16, torch.float32, seed).requires_grad_() for seed in range(3)]
     bounds = torch.tensor([0, 9, 20])
     found = causal_attention(*given, bounds, 11, 0.3)  # type: ignore[misc]
@@ -89,7 +87,6 @@ def test_tokens_of_no_sequence_have_no_part(generation: str) -> None:
 @pytest.mark.parametrize("dtype", ERRORS)
 def test_a_sequence_is_the_same_alone(generation: str, dtype: torch.dtype) -> None:
     """Bit for bit, beside others or padded: what is compared with a training pass is computed so."""
-    torch.set_num_threads(1)
     given = [made(60, 2, 32, dtype, seed) for seed in range(3)]
     together = causal_attention(*given, torch.tensor([0, 20, 60]), 40, 0.2)  # type: ignore[misc]
     alone = causal_attention(*(t[:, :, :20] for t in given), torch.tensor([0, 20]), 20, 0.2)  # type: ignore[misc]

@@ -45,7 +45,6 @@ def test_few_rows(generation: str, width: int, features: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_alone(generation: str, dtype: torch.dtype) -> None:
     """What a row gives does not depend on who is computed beside it."""
-    torch.set_num_threads(1)
     states, layer = made(37, 160, dtype=dtype), kernels.Linear(made(70, 160, dtype=dtype))
     together = kernels.few_rows(states, layer)
     for rows in (slice(0, 1), slice(5, 21), slice(20, 37)):

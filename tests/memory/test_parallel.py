@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +34,8 @@ LORA = {"models.lora": {"r": 4}}
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def _two_threads() -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Planned:
@@ -226,6 +222,6 @@ def test_a_single_thread_ends_them_and_says_so(
 ) -> None:
     pipeline, said = Pipeline(tiny_run(**BFLOAT16)), []
     account = MemoryAccount(CPU, {"choices": {"parallel_passes": before}})
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_num_threads(1)
     assert not account.in_parallel(pipeline.config, pipeline.inputs.plan, pipeline.loaded.engine, said.append)
     assert [line.startswith("torch has one thread here") for line in said] == [True] * before

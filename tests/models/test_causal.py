@@ -62,7 +62,6 @@ def states_and_gradients(
 def test_states_and_gradients_are_as_near_as_with_torchs_attention(
     family: str, layout: str, dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(1)
     calls, own = [], attention.causal_attention
 
     def noting(*given: Any) -> Tensor:
@@ -85,7 +84,6 @@ def test_states_and_gradients_are_as_near_as_with_torchs_attention(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_as_in_training_has_the_numbers_of_one_with_gradients(dtype: torch.dtype) -> None:
     """Padded as scoring lays sequences out, and side by side as the update does."""
-    torch.set_num_threads(1)
     policy = make_policy(FAMILIES["llama"](), trainable=True, dtype=dtype)
     use_own_attention(policy.backbone.model)
     given = sequences()

@@ -59,7 +59,6 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     monkeypatch.setattr(flash, "attention", attention)
     monkeypatch.setattr(flash, "attention_gradient", attention_gradient)
-    torch.set_num_threads(1)
     with planned_for("cuda"):
         yield
 

@@ -22,11 +22,6 @@ KNOWN = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
 needs_kernels = pytest.mark.skipif(not kernels.decodes(torch.float32), reason="no compiler at installation")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def step_of(policy: LanguageView, rows: int = 4, *, merged: bool = False) -> CompiledStep | None:
     """What a decoder finds for a cache that holds prompts."""
     decoder = Decoder(policy)

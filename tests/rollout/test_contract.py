@@ -42,7 +42,6 @@ PROMPTS = (3, 8, 1, 5, 4, 6, 2, 3, 7)
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> LanguageView:
     """Twelve tokens and nearly flat logits: the stop token comes about once in twelve."""
-    torch.set_num_threads(1)
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=12,

@@ -25,11 +25,7 @@ from rollout_policies import FAMILIES, GROUPED, assert_engine_decodes_by, make_p
 
 KNOWN = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
 FLOAT, HALF = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _no_kernels_of_the_cpu(without_kernels: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("without_kernels")  # of the CPU
 
 
 def policy_of(

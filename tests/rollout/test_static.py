@@ -38,11 +38,6 @@ from rollout_policies import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_generate(family: str) -> None:
     policy = make_policy(FAMILIES[family]())

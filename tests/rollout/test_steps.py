@@ -21,10 +21,7 @@ from quartet.rollout.static_cache import NotDrivable
 from quartet.rollout.steps import CudaRecorder, Picked, power_of_two
 from rollout_policies import FAMILIES, make_policy, make_prompts, settings, with_stops
 
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(without_kernels: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("without_kernels")  # as on a GPU
 
 
 class Recorder:

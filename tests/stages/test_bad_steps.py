@@ -188,7 +188,7 @@ def test_of_two_passes_at_a_time_one_goes_first(role: str, tiny_run: TinyRun, mo
         return loss(self, *given)
 
     monkeypatch.setattr(Losses, f"_{role}_loss", limited)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.set_num_threads(2)
     updater = pipeline.updater(at_once=True)
     updater._say = said.append
     for iteration in (1, 2):
