@@ -217,9 +217,7 @@ def test_a_run_that_goes_on_is_refused_passes_that_cannot_be(tiny_run: TinyRun) 
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_single_thread_ends_them_and_says_so(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, before: bool
-) -> None:
+def test_a_single_thread_ends_them_and_says_so(tiny_run: TinyRun, before: bool) -> None:
     pipeline, said = Pipeline(tiny_run(**BFLOAT16)), []
     account = MemoryAccount(CPU, {"choices": {"parallel_passes": before}})
     torch.set_num_threads(1)
