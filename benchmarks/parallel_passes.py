@@ -17,7 +17,8 @@ CASES = {
     f"{size} {'LoRA' if plan == 'paired' else 'full'}{', ends early' if early else ''}, {dtype}": Case(
         size, plan, dtype, early
     )
-    for size, early in (("S", False), ("S", True), ("M", False))
+    for size in ("S", "M")
+    for early in (False, True)
     for plan in ("separate", "paired")
     for dtype in ("float32", "bfloat16")
 }

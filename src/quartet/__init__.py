@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Large tensors in huge pages, which take fewer page faults: torch reads this once, at its first large tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from quartet.allocator import one_heap
 from quartet.config import Config, load_config, parse_config
 from quartet.errors import (
     CheckpointError,
@@ -26,6 +27,8 @@ from quartet.errors import (
 
 if TYPE_CHECKING:
     from quartet.trainer import resume, train
+
+one_heap()  # before torch starts threads, each of which would have its own
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,6 +18,17 @@ LARGE = 4 * 2**20
 """The same where tensors come and go: what is larger than the states of a microbatch, usually."""
 
 
+def one_heap() -> None:
+    """Have the threads of this process take turns at one heap of the C library, those that have none of their own yet.
+
+    With one each, what one has freed is lost to the others, and a heap goes back to the system whenever all in it is free: a
+    thread that comes and goes with each update, as that of a model whose passes run beside another's, fetches and clears its
+    memory each time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting: bool) -> int | None:
     """Make the C library return the memory of freed tensors to the system at once, for the rest of the process.
 
@@ -42,8 +53,6 @@ def return_freed_memory(wanted: bool | Literal["auto"], *, tight: bool, fleeting
     elif wanted == "auto" and fleeting:
         smallest = LARGE
     library = ctypes.CDLL(None)
-    # Threads take turns at one heap: with one each, what one has freed is lost to the others.
-    library.mallopt(_M_ARENA_MAX, 1)
     # A threshold that is set no longer moves by itself, neither of the two.
     if smallest != RETURNED_FROM:
         library.mallopt(_M_TRIM_THRESHOLD, NEVER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -135,6 +137,21 @@ def test_the_next_minibatch_has_their_memory_and_not_their_numbers() -> None:
     model(BATCHES[0]).backward()
     model(BATCHES[1]).backward()
     torch.testing.assert_close(taken(model), expected())
+
+
+def test_the_next_update_has_their_memory_and_a_model_that_is_gone_has_none() -> None:
+    model = make()
+    for update in (1, 2):
+        with IN_PLACE.added():
+            IN_PLACE.reset(model.parameters(), reuse=True)
+            assert len(IN_PLACE._spare) == (0 if update == 1 else 3)
+            for tokens in BATCHES:
+                model(tokens).backward()
+        torch.testing.assert_close(taken(model), expected())
+    weight = weakref.ref(model.inner.weight)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.usefixtures("in_place")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class GradientsInPlace:
 
     def __init__(self) -> None:
         self._on = False
-        self._placed: set[Tensor] = set()
+        self._placed: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        """Weights whose gradients lie where they were placed, by `id`; those of an update may be there for the next one."""
         self._spare: dict[Tensor, Tensor] = {}
 
     @contextmanager
@@ -83,7 +85,6 @@ class GradientsInPlace:
         finally:
             self._on = before
             if not before:
-                self._placed.clear()
                 self._spare.clear()
 
     def reset(self, parameters: Iterable[nn.Parameter], *, reuse: bool) -> None:
@@ -94,7 +95,7 @@ class GradientsInPlace:
         """
         self._spare.clear()
         for parameter in parameters:
-            if reuse and parameter in self._placed and parameter.grad is not None:
+            if reuse and id(parameter) in self._placed and parameter.grad is not None:
                 self._spare[parameter] = parameter.grad
             parameter.grad = None
         self._placed.clear()
@@ -118,7 +119,7 @@ class GradientsInPlace:
         to be overwritten. None where the gradient goes through autograd."""
         if not self.takes(weight, by_gpu=by_gpu):
             return None
-        self._placed.add(weight)
+        self._placed[id(weight)] = weight
         if weight.grad is not None:
             return weight.grad, True
         spare = self._spare.pop(weight, None)
