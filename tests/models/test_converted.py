@@ -38,6 +38,20 @@ def test_frozen_weights_and_results_of_others_are_converted_as_ever() -> None:
         assert weights._kept == {}
 
 
+def test_rows_are_those_of_the_one_copy_where_one_is_kept() -> None:
+    weights, weight, rows = ConvertedWeights(), nn.Parameter(torch.randn(6, 4)), slice(2, 5)
+    assert weights.rows(weight, rows, torch.float32).data_ptr() == weight[rows].data_ptr()
+    alone = weights.rows(weight, rows, torch.bfloat16)
+    assert alone.untyped_storage().nbytes() == 3 * 4 * 2
+    with weights.keeping():
+        found = weights.rows(weight, rows, torch.bfloat16)
+        assert found.data_ptr() == weights.of(weight, torch.bfloat16)[rows].data_ptr()
+        frozen = weights.rows(weight.detach(), rows, torch.bfloat16)
+        assert frozen.untyped_storage().nbytes() == 3 * 4 * 2
+    for one in (alone, found, frozen):
+        assert torch.equal(one, weight[rows].bfloat16())
+
+
 def test_given_up_where_memory_runs_out() -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     with CONVERTED.keeping():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from checkpoints import FAMILIES
 from pipeline import Pipeline
 from quartet.models import heads, linear_head
+from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE
 from quartet.models.linear_head import linear_logprobs
 from quartet.models.linears import Weights
@@ -113,6 +114,25 @@ def test_in_place_it_adds_to_the_gradient_that_is_there() -> None:
         linear_logprobs(hidden, head, tokens, **wanted)[0].sum().backward()
     assert head.weight.grad is first
     torch.testing.assert_close(head.weight.grad, 2 * by_weight)
+
+
+def test_the_weight_is_converted_once_where_copies_are_kept() -> None:
+    hidden, head, tokens = make(8, bias=False, dtype=torch.float32)
+    wanted = {"temperature": 1.0, "with_entropy": False, "entropy_grad": False}
+
+    def gradients() -> list[Tensor]:
+        with autocast(CPU, torch.bfloat16):
+            logprobs, _ = linear_logprobs(hidden, head, tokens, **wanted)
+        return [logprobs, *torch.autograd.grad(logprobs.sum(), (hidden, head.weight))]
+
+    alone = gradients()
+    with CONVERTED.keeping():
+        copies = [CONVERTED.of(head.weight, torch.bfloat16)]
+        for _ in range(2):
+            assert all(map(torch.equal, gradients(), alone))
+            copies += (CONVERTED._kept or {}).values()
+    assert len(copies) == 3
+    assert copies[0] is copies[1] is copies[2]
 
 
 class Plain(nn.Module):

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quartet import kernels
 from quartet.distributed.pieces import Piece, piece_of
 
 T = TypeVar("T")
@@ -232,7 +233,9 @@ class SingleProcess:
     def clip_gradients(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` (2-norm over all); None only measures."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = kernels.norm_of_all(gradients)
+        if norm is None:
+            norm = nn.utils.get_total_norm(gradients)
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

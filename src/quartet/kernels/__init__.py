@@ -19,6 +19,7 @@ from quartet.kernels.elementwise import (
 )
 from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
 from quartet.kernels.softmax import exponentials, slopes
+from quartet.kernels.squares import norm_of_all
 from quartet.kernels.waiting import caught_up, together
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "is_intel",
     "multiplies",
     "multiply",
+    "norm_of_all",
     "norms",
     "rms_norm",
     "rms_norm_gradient",

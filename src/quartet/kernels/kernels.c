@@ -123,6 +123,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "decoding.h"
 #include "drawing.h"
 #include "softmax.h"
+#include "squares.h"
 #define ANGLE float
 #define LOAD_ANGLE load_f32
 #define TURNED(kernel) kernel##_f32_f32

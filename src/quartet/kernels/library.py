@@ -33,6 +33,7 @@ ARGUMENTS = {
     "draw": 9,
     "exponentials": 10,
     "slopes": 12,
+    "squares": 4,
     "attention": 5,
     "attention_gradient": 9,
 }

@@ -39,12 +39,24 @@ class ConvertedWeights:
         if weight.dtype == dtype:
             return weight
         kept = self._kept
-        if kept is None or not (weight.is_leaf and weight.requires_grad):
+        if kept is None or not self._keeps(weight):
             return weight.to(dtype)
         copy = kept.get(weight)
         if copy is None or copy.dtype != dtype:
             copy = kept[weight] = weight.detach().to(dtype)
         return copy
+
+    def rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight in another dtype; where no copy is kept, no others are converted."""
+        if weight.dtype == dtype:
+            return weight[rows]
+        if self._keeps(weight):
+            return self.of(weight, dtype)[rows]
+        return weight[rows].to(dtype)
+
+    def _keeps(self, weight: Tensor) -> bool:
+        """Ask for the weight itself: what a backward pass finds among its saved tensors may be a copy."""
+        return self._kept is not None and weight.is_leaf and weight.requires_grad
 
 
 CONVERTED = ConvertedWeights()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quartet import kernels
+from quartet.models.converted import CONVERTED
 from quartet.models.gradients import IN_PLACE, add_narrow_product
 from quartet.models.linears import Weights
 from quartet.models.products import add_product, by_transposed, computed_in, linear_product, product_into
@@ -72,7 +73,7 @@ class _Blocks:
         the columns: of some tokens among them, of the others not."""
         for start in range(0, len(self._weight), BLOCK):
             columns = slice(start, min(start + BLOCK, len(self._weight)))
-            part = self._weight[columns].to(self._states.dtype)
+            part = CONVERTED.rows(self._weight, columns, self._states.dtype)
             yield columns, part, self._tiles(columns, part)
 
     def _tiles(self, columns: slice, part: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -121,7 +122,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 7
         by_logprob = torch.zeros_like(top) if by_logprob is None else by_logprob / ctx.temperature
         by_entropy = None if by_entropy is None else by_entropy / ctx.temperature
-        blocks = _Blocks(states, weight, bias, tokens)
+        blocks = _Blocks(states, ctx.weight, bias, tokens)
         by_states = states.new_zeros(states.shape, dtype=blocks.wide)
         by_bias = None if bias is None else torch.zeros_like(bias)
         kept = IN_PLACE.place(ctx.weight)
