@@ -4,7 +4,8 @@
 Cases: size S (15M parameters) and M (110M); full fine-tuning and LoRA; responses that run to the limit, and responses that
 end after 5 to 60 tokens. A round of a case runs TRL, Quartet in float32 and Quartet in its default precision, each in a
 process of its own that has the machine to itself. At S the first iteration of a process warms up and does not count; at
-M, where TRL takes minutes, every iteration counts, on every side.
+M, where TRL takes minutes, there is but one, which counts on every side, unless `--iterations` asks for more: the first
+fetches gigabytes from the system, for the optimizer, the gradients and the activations of all that come.
 
 Rounds follow a list, the most telling first, as long as the next one fits into `--minutes`. Seconds are medians of wall
 time; `tokens/s` are response tokens over the whole iteration; the floor is that of floor.py, with the machine's rates
@@ -62,7 +63,7 @@ class Case:
         """For the table and for --only."""
         return f"{self.size} {'LoRA' if self.lora else 'full'}, {'ends early' if self.early else 'to the limit'}"
 
-    def arguments(self, side: str) -> list[str]:
+    def arguments(self, side: str, iterations: int) -> list[str]:
         """The worker's options."""
         found = ["--policy", "policy-early", "--stop", "eos"] if self.early else ["--stop", "none"]
         found += [
@@ -71,7 +72,7 @@ class Case:
             "--epochs",
             str(EPOCHS),
             "--iterations",
-            "2" if self.size == "S" else "1",
+            str(2 if self.size == "S" else iterations),
         ]
         if side == "TRL":
             return [*found, "--mode", "lora" if self.lora else "full"]
@@ -95,7 +96,7 @@ def one_round(options: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
     for side in SIDES if options.default_differs else SIDES[:2]:
         python: Path | str = options.peer if side == "TRL" else sys.executable
         script = "peer/trl_ppo.py" if side == "TRL" else "quartet_worker.py"
-        arguments = ["--root", str(options.models / case.size), *case.arguments(side)]
+        arguments = ["--root", str(options.models / case.size), *case.arguments(side, options.iterations)]
         raw = run_worker(python, script, arguments, options.threads)
         counted = raw["iterations"][1:] or raw["iterations"]
         found.append({"case": case.name, "side": side, "raw": raw, "counted": counted})
@@ -107,7 +108,8 @@ def all_rounds(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     begin, taken = time.monotonic(), dict[str, float]()
     for case in schedule(options):
         start = time.monotonic()
-        if start - begin + taken.get(case.name, EXPECTED[case.size]) > 60 * options.minutes:
+        expected = EXPECTED[case.size] * (1 if case.size == "S" else options.iterations)
+        if start - begin + taken.get(case.name, expected) > 60 * options.minutes:
             continue
         figures["rows"] += one_round(options, case)
         taken[case.name] = time.monotonic() - start
@@ -147,6 +149,7 @@ def main() -> None:
     """Compare with the peer, or show growth."""
     found = parser(__doc__)
     found.add_argument("--minutes", type=float, default=24.0, help="start no round that would end later (default 24)")
+    found.add_argument("--iterations", type=int, default=1, help="of a process at size M (default 1)")
     found.add_argument("--resume", action="store_true", help="add rounds to those in the file of --json")
     found.add_argument("--growth", type=Path, metavar="IMAGE", help="measure growth instead and plot it here")
     options = found.parse_args()
