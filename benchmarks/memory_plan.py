@@ -6,7 +6,7 @@ less what it was after imports and a first small forward and backward pass.
 
 glibc keeps freed blocks below a threshold that grows to 32 MiB, and cuts new blocks out of them, so that what a process
 holds depends on the order of its allocations. The processes therefore run with MALLOC_MMAP_THRESHOLD_=65536, under which a
-freed tensor goes back to the system at once; `--default-malloc` leaves glibc as it is and shows the difference.
+freed tensor goes back to the system at once; `--default-malloc` leaves it out and shows the difference.
 """
 
 from __future__ import annotations

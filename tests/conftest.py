@@ -20,7 +20,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_network_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test may reach the network or the user's cache."""
+    """No test may reach the network or the user's cache, and what is made once is made on one thread."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUARTET_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -90,7 +91,7 @@ def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler was there at installation."""
-    from quartet.kernels import attending, decoding, drawing, elementwise, multiplying, softmax, waiting
+    from quartet.kernels import attending, decoding, drawing, elementwise, multiplying, softmax, squares, waiting
 
-    for module in (attending, decoding, drawing, elementwise, multiplying, softmax, waiting):
+    for module in (attending, decoding, drawing, elementwise, multiplying, softmax, squares, waiting):
         monkeypatch.setattr(module, "kernel", lambda _: None)

@@ -9,7 +9,19 @@ from typing import Literal
 import pytest
 
 from quartet import allocator
-from quartet.allocator import LARGE, RETURNED_FROM, return_freed_memory
+from quartet.allocator import LARGE, RETURNED_FROM, one_heap, return_freed_memory
+
+
+class Library:
+    """Stands for the C library."""
+
+    def __init__(self, told: list[tuple[int, int]]) -> None:
+        self._told = told
+
+    def mallopt(self, what: int, value: int) -> int:
+        self._told.append((what, value))
+        return 1
+
 
 SCRIPT = """
 import sys
@@ -47,7 +59,7 @@ import torch
 from quartet.allocator import return_freed_memory
 return_freed_memory(False, tight=False, fleeting=False)
 def work():
-    tensors = [torch.ones(2**16) for _ in range(128)]  # 128 blocks of 256 KiB
+    tensors = [torch.ones(2**16) for _ in range(320)]  # 320 blocks of 256 KiB
 def in_thread():
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     thread = threading.Thread(target=work)
@@ -66,6 +78,19 @@ def test_threads_that_come_and_go_have_the_memory_of_those_before() -> None:
     assert first > 100 > last, done.stdout
 
 
+@pytest.mark.parametrize("own", [{}, {"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}])
+def test_who_says_how_many_heaps_is_not_overruled(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library(told))
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    one_heap()
+    assert told == ([] if own else [(-8, 1)])  # M_ARENA_MAX in malloc.h
+
+
 @pytest.mark.parametrize(
     ("wanted", "tight", "fleeting", "smallest"),
     [
@@ -81,13 +106,7 @@ def test_what_is_returned(
     wanted: bool | Literal["auto"], tight: bool, fleeting: bool, smallest: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int, int]] = []
-
-    class Library:
-        def mallopt(self, what: int, value: int) -> int:
-            told.append((what, value))
-            return 1
-
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library(told))
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert return_freed_memory(wanted, tight=tight, fleeting=fleeting) == smallest
     # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h; -1 turns trimming off, the last goes up to 32 MiB.

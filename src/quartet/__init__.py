@@ -28,7 +28,7 @@ from quartet.errors import (
 if TYPE_CHECKING:
     from quartet.trainer import resume, train
 
-one_heap()  # before torch starts threads, each of which would have its own
+one_heap()  # where torch has no threads yet, which would have their own
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from typing import Literal
 
@@ -19,13 +20,15 @@ LARGE = 4 * 2**20
 
 
 def one_heap() -> None:
-    """Have the threads of this process take turns at one heap of the C library, those that have none of their own yet.
+    """Have glibc make no further heaps: threads that start from now on take turns at those that are there, of which there is
+    one as long as no thread has made another. Whoever said how many there may be in the environment is not overruled.
 
-    With one each, what one has freed is lost to the others, and a heap goes back to the system whenever all in it is free: a
-    thread that comes and goes with each update, as that of a model whose passes run beside another's, fetches and clears its
-    memory each time.
+    With a heap for each thread, what one has freed is lost to the others, and a heap may go back to the system when all in it
+    is free: a thread that comes and goes with each update, as that of a model whose passes run beside another's, then fetches
+    and clears its memory each time.
     """
-    if platform.libc_ver()[0] == "glibc":
+    asked = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if not asked and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 

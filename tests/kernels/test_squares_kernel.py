@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ SIZES = ((3,), (1,), (2, 7), (BLOCK,), (BLOCK + 1,), (3, BLOCK + 5), (0,))
 
 def tensors() -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(*size) * 10.0**place for place, size in enumerate(SIZES)]
+    # The fewer, the larger, so that each would be missed.
+    return [torch.randn(*size) * 1e3 / max(math.prod(size), 1) ** 0.5 for size in SIZES]
 
 
 def exact(given: list[Tensor]) -> float:
@@ -57,6 +60,7 @@ def test_gradients_are_scaled_to_it(share: float, without: bool, request: pytest
     if without:
         request.getfixturevalue("without_kernels")
     given = tensors()
+    assert (kernels.norm_of_all(given) is None) is without
     whole = exact(given)
     parameters = [torch.nn.Parameter(torch.zeros_like(one)) for one in given]
     for parameter, gradient in zip(parameters, given, strict=True):

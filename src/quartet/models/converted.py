@@ -14,7 +14,8 @@ class ConvertedWeights:
 
     torch's fused optimizers leave no trace on a weight that they write to, so that a copy cannot know it by itself.
     A backward pass needs a layer's copy until it has come to the layer, so that at the end of every forward pass all copies
-    are in memory anyway, unless activations are computed again: then they should not be kept.
+    are in memory anyway, unless activations are computed again: then they should not be kept. That of an LM head, which is
+    computed in blocks, is there for the sake of time alone.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,8 @@
 
 A trained head is multiplied four times: for the logits, for the logits again in the backward pass, and for the gradients of
 states and weight. Chunks of tokens would make the weight's gradient, as large as the weight, once for each chunk. Blocks of the
-vocabulary make each part of it once for many tokens, and nothing of the vocabulary's size is held besides.
+vocabulary make each part of it once for many tokens, and nothing of the vocabulary's size is held besides, but for the weight
+in the dtype of the products where copies are kept for all microbatches of a step.
 """
 
 from __future__ import annotations
