@@ -8,8 +8,9 @@ Two measures, both the peak over what the process held after imports and a first
 resident   VmHWM, with the pages of memory-mapped weights and of libraries that were touched
 anonymous  memory that no file backs (RssAnon, sampled every 2 ms): what cannot be dropped and read again
 
-The allocator is glibc's with its defaults, as users have it; Quartet sets `run.return_memory: auto`, which is its default, and
-in rows marked `returned` true, under which all freed tensors go back to the system at once.
+The allocator is glibc's with its defaults, as users have it; Quartet has one heap for all threads and sets
+`run.return_memory: auto`, which is its default, and in rows marked `returned` true, under which all freed tensors go back to
+the system at once.
 `--malloc` measures every row again with MALLOC_MMAP_THRESHOLD_=65536, which has the same effect on the peers too.
 
 usage: make bench-peer; python benchmarks/memory.py [--quick] [--json FILE]

@@ -60,10 +60,11 @@ def still_in_parallel(plan: SharingPlan, choices: Choices, before: bool) -> bool
 def _pays(choices: Choices, hidden: int) -> bool:
     """Whether it takes less time.
 
-    In bfloat16 updates took 0.89 to 1.00 of the time. In float32 products keep all threads busy, but not what lies between
-    them: with compiled kernels updates took 0.93 to 0.99 of it at hidden size 256, 1.01 to 1.08 at 768. Both on two threads
-    of an Intel processor with AVX-512 (benchmarks/parallel_passes.py); other processors, where it may be otherwise, are left
-    out in float32, more threads were not measured.
+    In bfloat16 updates took 0.80 to 0.92 of the time. In float32 products keep all threads busy, but not what lies between
+    them: with compiled kernels updates took 0.85 to 0.90 of it at hidden size 256. At 768 they took 0.92 to 0.99, which is
+    not worth the memory of two models' activations. Both on two threads of an Intel processor with AVX-512
+    (benchmarks/parallel_passes.py); other processors, where it may be otherwise, are left out in float32, more threads were
+    not measured.
     """
     if choices.dtype == "bfloat16":
         return True
