@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from pipeline import Pipeline
+from quartet.kernels.threads import threads_now
 from quartet.models.attention import one_sequence_a_row
 from quartet.models.lending import LENDER, Lender
 from quartet.stages.lanes import Lanes
@@ -135,6 +136,36 @@ def test_all_threads_are_shared_out() -> None:
     with lanes.open():
         assert lanes.run([torch.get_num_threads] * 2) == [3, 2]
     assert torch.get_num_threads() == 5
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("first", [0, 1])
+def test_kernels_of_the_job_that_is_left_take_the_threads_of_the_other(first: int) -> None:
+    """And torch's operations do not, whose numbers may depend on it."""
+    torch.set_num_threads(5)
+    begun = threading.Event()
+
+    def leaves() -> list[int]:
+        assert begun.wait(SECONDS)
+        return []
+
+    def stays() -> list[int]:
+        own, seen = torch.get_num_threads(), [threads_now()]
+        begun.set()
+        for _ in range(int(SECONDS / 0.01)):
+            if threads_now() > own:
+                break
+            time.sleep(0.01)
+        return [*seen, threads_now(), torch.get_num_threads()]
+
+    lanes = Lanes(2)
+    with lanes.open():
+        for _ in range(2):  # nothing is left of the first time
+            begun.clear()
+            found = lanes.run([leaves, stays] if first == 0 else [stays, leaves])
+            own = [3, 2][1 - first]
+            assert found[1 - first] == [own, 5, own]
+            assert threads_now() == 5
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -20,6 +20,7 @@ from quartet.kernels.elementwise import (
 from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
 from quartet.kernels.softmax import exponentials, slopes
 from quartet.kernels.squares import norm_of_all
+from quartet.kernels.threads import more_threads
 from quartet.kernels.waiting import caught_up, together
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "exponentials",
     "few_rows",
     "is_intel",
+    "more_threads",
     "multiplies",
     "multiply",
     "norm_of_all",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.threads import threads_now
 from quartet.kernels.waiting import call, keep
 
 SIDE = 16
@@ -99,7 +100,7 @@ def _asked(
     gradients: tuple[Tensor, ...] = (),
 ) -> tuple[_Attention, Tensor]:
     """What the kernels are told, and the memory in which they work."""
-    threads, size, side = torch.get_num_threads(), query.shape[3], -(-longest // SIDE) * SIDE
+    threads, size, side = threads_now(), query.shape[3], -(-longest // SIDE) * SIDE
     room = query.new_empty(threads * side * (HEAD_ROOMS * size + 2 * side), dtype=torch.float32)
     real = are_real(query)
     strides = [t.stride(axis) for t in (query, key, value, mixed.transpose(1, 2), *gradients) for axis in (2, 1)]

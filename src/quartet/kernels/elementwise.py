@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.threads import threads_now
 from quartet.kernels.waiting import call, caught_up, keep
 
 
@@ -27,7 +28,7 @@ def silu_product(gate: Tensor, up: Tensor, out: Tensor) -> bool:
         return False
     if are_real(*tensors):
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
-        call(name, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+        call(name, (*pointers, *gate.shape, *strides, threads_now()), tensors)
     else:
         keep(tensors)
     increment_version(out)
@@ -55,7 +56,7 @@ def silu_gradient(
         pointers, strides = [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
         if product is None:
             pointers, strides = [*pointers, 0], [*strides, 0]
-        call(name, (*pointers, *gate.shape, *strides, torch.get_num_threads()), tensors)
+        call(name, (*pointers, *gate.shape, *strides, threads_now()), tensors)
     else:
         keep(tensors)
     increment_version(tensors[3:])
@@ -75,7 +76,7 @@ def add(sums: Tensor, states: Tensor) -> bool:
         return False
     if are_real(*tensors):
         columns = max(sums.shape[-1], 1)
-        numbers = (sums.numel() // columns, columns, torch.get_num_threads())
+        numbers = (sums.numel() // columns, columns, threads_now())
         call(name, (*(t.data_ptr() for t in tensors), *numbers), tensors)
     else:
         keep(tensors)
@@ -108,7 +109,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float, *, sums: Tensor | None 
     tensors = (states, weight, sums, out, scales)
     if are_real(states, weight):
         pointers, columns = [0 if t is None else t.data_ptr() for t in tensors], len(weight)
-        call(name, (*pointers, states.numel() // columns, columns, eps, torch.get_num_threads()), tensors)
+        call(name, (*pointers, states.numel() // columns, columns, eps, threads_now()), tensors)
     else:
         keep(tensors)
     if sums is not None:
@@ -138,7 +139,8 @@ def rms_norm_gradient(
     if name is None:
         caught_up()
         return None
-    by_states, threads = torch.empty_like(states), torch.get_num_threads()
+    # Another number of parts would be summed up otherwise.
+    by_states, threads = torch.empty_like(states), torch.get_num_threads() if of_weight else threads_now()
     parts = weight.new_zeros(threads, len(weight), dtype=torch.float32) if of_weight else None
     tensors = (gradient, states, weight, scales, also, by_states, parts)
     if are_real(gradient, states):
@@ -189,7 +191,7 @@ def rotary(states: Tensor, cosines: Tensor, sines: Tensor, *, back: bool) -> Ten
         strides = [t.stride(axis) for t in (states, out) for axis in (0, 2, 1)]
         angles = [0 if len(cosines) == 1 else cosines.stride(0), cosines.stride(1)]
         pointers = [t.data_ptr() for t in (states, cosines, sines, out)]
-        numbers = (n, tokens, heads, width, *strides, *angles, back, torch.get_num_threads())
+        numbers = (n, tokens, heads, width, *strides, *angles, back, threads_now())
         call(name, (*pointers, *numbers), (states, cosines, sines, out))
     else:
         keep((states, cosines, sines, out))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import are_real, fit, has_tile_products, has_wide_vectors, kernel
+from quartet.kernels.threads import threads_now
 from quartet.kernels.waiting import caught_up, keep, waits
 
 WITHIN = 288 * (96 + 1024 + 32)
@@ -127,7 +128,7 @@ def _fit(tensors: list[Tensor], out: Tensor, dtype: torch.dtype, terms: tuple[Te
 
 
 def _call(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool, tensors: list[Tensor]) -> None:
-    tiles, threads = terms[0].left.dtype == torch.bfloat16, torch.get_num_threads()
+    tiles, threads = terms[0].left.dtype == torch.bfloat16, threads_now()
     if tiles:
         caught_up()
     numbers: list[float] = [*out.shape, out.stride(0), add, tiles and out.dtype == torch.float32, len(terms), threads]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.threads import threads_now
 
 
 def exponentials(
@@ -34,7 +35,7 @@ def exponentials(
     if are_real(logits, top):
         pointers = [0 if t is None else t.data_ptr() for t in (logits, top, total, weighted)]
         rows, columns = logits.shape
-        function(*pointers, rows, columns, logits.stride(0), 1.0 / temperature, written, torch.get_num_threads())
+        function(*pointers, rows, columns, logits.stride(0), 1.0 / temperature, written, threads_now())
     increment_version([*sums, logits] if written else sums)
     return True
 
@@ -74,7 +75,7 @@ def slopes(
         of_entropy = (None, None) if by_entropy is None else (by_entropy, entropy)
         tensors = (logits, top, log_total, by_logprob, *of_entropy, place)
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        function(*pointers, *logits.shape, logits.stride(0), 1.0 / temperature, torch.get_num_threads())
+        function(*pointers, *logits.shape, logits.stride(0), 1.0 / temperature, threads_now())
     increment_version(logits)
     return True
 

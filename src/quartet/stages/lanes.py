@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from quartet.kernels import more_threads
+
 Result = TypeVar("Result")
 
 
@@ -21,7 +23,8 @@ class Lanes:
     """Runs jobs one after the other, or each in a thread with its share of the processor's threads.
 
     Small operations leave most of a processor idle when all its threads share each of them: two models on half of the
-    threads each take less time than one after the other on all.
+    threads each take less time than one after the other on all. When a job ends, kernels of those that are left take its
+    threads too; torch's operations, whose sums may depend on how many there are, do not.
     """
 
     def __init__(self, count: int) -> None:
@@ -33,6 +36,9 @@ class Lanes:
         self.count = count
         self._others: ThreadPoolExecutor | None = None
         self._failed = Event()
+        self._running = 0
+        self._idle: list[int] = []
+        """Threads of the jobs that have ended."""
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -56,6 +62,8 @@ class Lanes:
             return [job() for job in jobs]
         assert len(jobs) <= self.count, f"{len(jobs)} jobs, {self.count} lanes"
         self._failed.clear()
+        self._running = len(jobs)
+        self._idle.clear()
         whole = torch.get_num_threads()
         share = whole // len(jobs)
         others = [self._others.submit(self._job, share, job) for job in jobs[1:]]
@@ -84,7 +92,14 @@ class Lanes:
         torch.get_num_threads()  # a thread takes the number of the thread that set it last on its first question, not later
         torch.set_num_threads(threads)
         try:
-            return job()
+            with more_threads(self._spare):
+                result = job()
         except BaseException:
             self._failed.set()
             raise
+        self._idle.append(threads)
+        return result
+
+    def _spare(self) -> int:
+        """Threads that a job may take beside its own."""
+        return sum(self._idle) // (self._running - len(self._idle))
