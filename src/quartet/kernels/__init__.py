@@ -17,7 +17,7 @@ from quartet.kernels.elementwise import (
     silu_gradient,
     silu_product,
 )
-from quartet.kernels.multiplying import Term, is_intel, multiplies, multiply
+from quartet.kernels.multiplying import Term, is_intel, multiplies, multiplies_alone, multiply
 from quartet.kernels.softmax import exponentials, slopes
 from quartet.kernels.squares import norm_of_all
 from quartet.kernels.threads import more_threads
@@ -42,6 +42,7 @@ __all__ = [
     "is_intel",
     "more_threads",
     "multiplies",
+    "multiplies_alone",
     "multiply",
     "norm_of_all",
     "norms",

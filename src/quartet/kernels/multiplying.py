@@ -50,6 +50,12 @@ def multiplies(dtype: torch.dtype = torch.float32) -> bool:
     return dtype == torch.float32 and kernels_are_faster() and kernel("multiply") is not None
 
 
+def multiplies_alone(left: Tensor, right: Tensor) -> bool:
+    """Whether a single product in the dtype of both sides is computed by kernels here: asked before there is memory for it."""
+    dtype, (width, columns) = left.dtype, right.shape
+    return multiplies(dtype) and (dtype == torch.float32 or min(width, columns) <= NARROW)
+
+
 @cache
 def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
@@ -123,8 +129,7 @@ def _fit(tensors: list[Tensor], out: Tensor, dtype: torch.dtype, terms: tuple[Te
         return False
     if dtype == torch.float32 or out.dtype == torch.float32:
         return out.dtype == torch.float32
-    columns, width = terms[0].right.shape
-    return out.dtype == dtype and (len(terms) > 1 or columns <= NARROW or width <= NARROW)
+    return out.dtype == dtype and (len(terms) > 1 or multiplies_alone(terms[0].left, terms[0].right))
 
 
 def _call(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool, tensors: list[Tensor]) -> None:

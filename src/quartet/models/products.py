@@ -59,7 +59,7 @@ def computed_in(states: Tensor) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """`scale left @ right`, of matrices."""
-    if kernels.multiplies(left.dtype) and on_cpu(left):
+    if kernels.multiplies_alone(left, right) and on_cpu(left):
         out = left.new_empty(left.shape[0], right.shape[1])
         if kernels.multiply(out, Term(left, right, scale)):
             return out

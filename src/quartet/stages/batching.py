@@ -11,8 +11,8 @@ from torch import Tensor
 from quartet.models.transfer import to_device
 from quartet.records import Rollout, Sequences
 
-CPU_ROWS = 8
-"""Sequences that a processor computes at once without gradients: more only hold more padding."""
+CPU_ROWS = 16
+"""Sequences that a processor computes at once without gradients: fewer take more calls, more hold more padding."""
 
 
 def scoring_rows(batch_rows: int, device_type: str, *, cut: bool) -> int:
