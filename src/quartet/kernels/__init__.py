@@ -20,6 +20,7 @@ from quartet.kernels.elementwise import (
 from quartet.kernels.multiplying import Term, is_intel, multiplies, multiplies_alone, multiply
 from quartet.kernels.softmax import exponentials, slopes
 from quartet.kernels.squares import norm_of_all
+from quartet.kernels.stretch import Live, Responses, Stretch, stretches
 from quartet.kernels.threads import more_threads
 from quartet.kernels.waiting import caught_up, together
 
@@ -28,6 +29,9 @@ __all__ = [
     "Decoding",
     "Layer",
     "Linear",
+    "Live",
+    "Responses",
+    "Stretch",
     "Term",
     "add",
     "alike",
@@ -53,5 +57,6 @@ __all__ = [
     "silu_gradient",
     "silu_product",
     "slopes",
+    "stretches",
     "together",
 ]

@@ -171,7 +171,10 @@ class Decoding:
             columns=columns, narrow=narrow, last_norm=last_norm.data_ptr(), eps=eps, scaling=scaling,
             cosines=angles[0].data_ptr(), sines=angles[1].data_ptr(),
         )  # fmt: skip
-        self._function: Any = kernel(f"decode_{DTYPES[first.query.weight.dtype]}")
+        self.dtype = first.query.weight.dtype
+        """Of the weights."""
+        self.hidden, self.narrow = len(last_norm), narrow
+        self._function: Any = kernel(f"decode_{DTYPES[self.dtype]}")
 
     def __call__(self, states: Tensor, positions: Tensor) -> Tensor:
         """One token for each of the rows 0 to n - 1 of the cache.
@@ -186,16 +189,31 @@ class Decoding:
         Raises:
             ValueError: more rows than the cache has.
         """
-        step, rows = self._step, len(states)
-        if rows > self._kept[0][0].keys.shape[0]:
-            raise ValueError(f"a step of {rows} rows over a cache of {self._kept[0][0].keys.shape[0]}")
-        step.rows, step.side = rows, filled_up(rows)
-        self._make_room(max(1, min(torch.get_num_threads(), step.hidden // OF_A_THREAD)))
+        rows = len(states)
+        step = self.step(rows)
         given = self._side_by_side("states")
         given[:, :rows], given[:, rows:] = states.t(), 0.0
         step.positions = positions.data_ptr()
         self._function(ctypes.addressof(step), self._table.data_ptr())
         return self._side_by_side("given")[:, :rows].t().contiguous()
+
+    @property
+    def table(self) -> Tensor:
+        """The layers, as the kernels know them."""
+        return self._table
+
+    def step(self, rows: int) -> Any:
+        """What a kernel is told of a step of the rows 0 to n - 1 (`step` in few_rows.h), with the memory that it works in.
+
+        Raises:
+            ValueError: more rows than the cache has.
+        """
+        step = self._step
+        if rows > self._kept[0][0].keys.shape[0]:
+            raise ValueError(f"a step of {rows} rows over a cache of {self._kept[0][0].keys.shape[0]}")
+        step.rows, step.side = rows, filled_up(rows)
+        self._make_room(max(1, min(torch.get_num_threads(), step.hidden // OF_A_THREAD)))
+        return step
 
     def _side_by_side(self, name: str) -> Tensor:
         """States `[hidden, side]` in a room."""
@@ -222,7 +240,7 @@ class Decoding:
             "ups": side * inner,
             "low": side * max(sum(one.rank for one in group) for group in inputs),
             "scores": threads * step.scores_row,
-            "packed": threads * step.packed_row if first.query.weight.dtype == torch.bfloat16 else 0,
+            "packed": threads * step.packed_row if self.dtype == torch.bfloat16 else 0,
         }
         # Zeros: of rows that only fill up, something finite is computed.
         whole = first.first_norm.new_zeros(sum(sizes.values()))

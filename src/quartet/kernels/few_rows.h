@@ -40,6 +40,27 @@ typedef struct {
     float eps, scaling;
 } step;
 
+/* Steps in a row. Of each row: its last token, its tokens in the cache, its response's tokens so far, and the place of its response.
+ * What is kept of a response stands in `[responses, length]`, and so do the uniform numbers that decide its tokens, null for the most
+ * likely ones. `stop`: a token that ends a response, -1 for none. `by`: 1 / temperature. */
+typedef struct {
+    long most, done, vocabulary, length, stop, threads;
+    const void *embeddings, *head;
+    const float *bias;
+    long *token, *position, *sampled;
+    const long *response;
+    const double *uniforms;
+    long *tokens;
+    float *logprobs;
+    unsigned char *mask;
+    void *logits; /* rooms: [rows, vocabulary], [rows, blocks], those of `of_rows`, [rows] thrice */
+    float *sums, *packed;
+    double *numbers;
+    long *picked;
+    float *picked_logprobs;
+    float by;
+} stretch;
+
 /* Where a thread's part of some features begins. */
 static long share(long features, long thread, long threads) {
     return thread == threads ? features : features * thread / threads / SIDE * SIDE;

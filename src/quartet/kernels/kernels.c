@@ -122,6 +122,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"
+#include "stretch.h"
 #include "softmax.h"
 #include "squares.h"
 #define ANGLE float
@@ -145,6 +146,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "linear.h"
 #include "decoding.h"
 #include "drawing.h"
+#include "stretch.h"
 #include "softmax.h"
 #define TURNED(kernel) kernel##_bf16_f32
 #include "rotary.h"

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "rotary": 18,
     "few_rows": 9,
     "decode": 2,
+    "decode_stretch": 3,
     "multiply": 1,
     "multiply_tiles": 1,
     "run": 1,

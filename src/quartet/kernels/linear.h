@@ -56,25 +56,31 @@ static void NAMED(multiply)(const linear *layer, const float *x, const uint32_t 
     NAMED(round_all)(out + from * rows, rows * (to - from));
 }
 
-/* `[rows, width]` float32 by a layer without an adapter: `[rows, features]` in its dtype. `room`: for the rows, filled up, side by
- * side, and once more for each thread. */
+/* Rows side by side, filled up to `side`, by a layer without an adapter: `[rows, features]` in its dtype. `room`: as much as the rows
+ * take for each thread, in bfloat16. */
+static void NAMED(of_rows)(const float *x, long side, const NUMBER *weight, const float *bias, NUMBER *out, float *room, long rows, long width,
+                           long features, long threads) {
+    if (rows * width * features < LEAST) threads = 1;
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (long thread = 0; thread < threads; thread++) {
+        const long from = share(features, thread, threads), to = share(features, thread + 1, threads);
+        const uint32_t *packed = NAMED(packed_rows)(x, side, width, (uint32_t *)(room + thread * side * width));
+        float found[SOME * MOST];
+        for (long first = from; first < to; first += SOME) {
+            const long some = to - first < SOME ? to - first : SOME;
+            const linear part = {.weight = weight + first * width, .bias = bias ? bias + first : 0, .width = width};
+            NAMED(multiply)(&part, x, packed, found, side, 0, some);
+            for (long m = 0; m < rows; m++)
+                for (long n = 0; n < some; n++) STORE(out + m * features + first + n, found[n * side + m]);
+        }
+    }
+}
+
+/* The same of `[rows, width]` float32. `room`: for the rows, filled up, side by side, and once more for each thread. */
 void NAMED(few_rows)(const float *x, const NUMBER *weight, const float *bias, NUMBER *out, float *room, long rows, long width,
                      long features, long threads) {
     const long side = (rows + SIDE - 1) / SIDE * SIDE;
     for (long m = 0; m < side; m++)
         for (long k = 0; k < width; k++) room[k * side + m] = m < rows ? x[m * width + k] : 0.0f;
-    if (rows * width * features < LEAST) threads = 1;
-#pragma omp parallel for schedule(static) num_threads((int)threads)
-    for (long thread = 0; thread < threads; thread++) {
-        const long from = share(features, thread, threads), to = share(features, thread + 1, threads);
-        const uint32_t *packed = NAMED(packed_rows)(room, side, width, (uint32_t *)(room + (1 + thread) * side * width));
-        float found[SOME * MOST];
-        for (long first = from; first < to; first += SOME) {
-            const long some = to - first < SOME ? to - first : SOME;
-            const linear part = {.weight = weight + first * width, .bias = bias ? bias + first : 0, .width = width};
-            NAMED(multiply)(&part, room, packed, found, side, 0, some);
-            for (long m = 0; m < rows; m++)
-                for (long n = 0; n < some; n++) STORE(out + m * features + first + n, found[n * side + m]);
-        }
-    }
+    NAMED(of_rows)(room, side, weight, bias, out, room + side * width, rows, width, features, threads);
 }

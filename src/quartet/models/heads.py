@@ -87,11 +87,15 @@ class LogitHead:
     def linear(self) -> Weights | None:
         """What the logits are computed from where they are one linear layer's output and nothing else; None where the model's
         class does more to them, or something waits for the call."""
-        layer = self._shell._modules.get("lm_head")
-        if layer is None or not _is_linear(getattr(self._shell.forward, "__func__", None)):
-            return None
-        found = weights_of(layer)
+        layer = self.layer
+        found = None if layer is None else weights_of(layer)
         return None if found is None or found.down is not None else found
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer whose output the logits are, and nothing else; None where the model's class does more to them."""
+        layer: nn.Module | None = self._shell._modules.get("lm_head")
+        return layer if _is_linear(getattr(self._shell.forward, "__func__", None)) else None
 
     @property
     def trainable(self) -> bool:

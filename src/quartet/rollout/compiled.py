@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quartet import kernels
+from quartet.models.embedding import FastEmbedding
+from quartet.models.heads import LogitHead
+from quartet.models.linears import is_hooked
 from quartet.models.precision import on_cpu
 from quartet.rollout.linears import linear_of
 from quartet.rollout.recognised import recognised
@@ -32,6 +35,17 @@ class CompiledStep:
         """
         states: Tensor = self._transformer.embed_tokens(tokens)
         return self._decoding(states, positions.contiguous()).to(states.dtype)
+
+    def stretch(self, head: LogitHead, temperature: float) -> kernels.Stretch | None:
+        """Steps in a row, with the LM head and the drawing of tokens; None where each has to be taken by itself."""
+        first, layer = self._transformer.embed_tokens, head.layer
+        linear = None if layer is None or is_hooked(layer) else linear_of(layer, self._decoding.dtype)
+        if linear is None or type(first) not in (nn.Embedding, FastEmbedding) or first.max_norm is not None:
+            return None
+        embeddings: Tensor = first.weight.detach()
+        if not kernels.stretches(self._decoding, embeddings, linear):
+            return None
+        return kernels.Stretch(self._decoding, embeddings, linear, temperature=temperature)
 
 
 def compiled_step(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from quartet.kernels import Live, Responses
 from quartet.models.roles import LanguageView
 from quartet.models.transfer import to_device
 from quartet.records import Prompts, Rollout
@@ -164,12 +165,25 @@ class StaticEngine:
                     del waiting[:group]
                 continue
             live = slice(0, rows.live)
+            taken = self._in_a_row(rows, live, steps, out)
+            if taken:
+                rows.clock += taken
+                out.decode_steps += taken
+                self._end(rows, live, rows.token[live])
+                continue
             uniform = self._uniform(rows, live, out)
             picked = steps(rows.token[live], rows.position[live], rows.longest, uniform)
             rows.clock += 1
             rows.position[live] += 1
             out.decode_steps += 1
             self._keep(rows, live, picked, out)
+
+    def _in_a_row(self, rows: _Rows, live: slice, steps: Steps, out: _Responses) -> int:
+        """Steps taken at once, after which a row may be done; 0 where they have to be taken one by one."""
+        state = Live(rows.token[live], rows.position[live], rows.step[live], rows.episode[live])
+        kept = Responses(out.tokens, out.logprobs, out.mask, out.uniforms)
+        left = self._settings.response_length - 1 - (rows.clock - min(rows.born))
+        return steps.in_a_row(state, kept, left)
 
     def _empty_rows(self, size: int, columns: int) -> _Rows:
         device = self._policy.backbone.device
@@ -198,7 +212,6 @@ class StaticEngine:
 
     def _keep(self, rows: _Rows, slots: slice, picked: Picked, out: _Responses) -> None:
         """Keep a token for each of some slots, and release the slots that are done."""
-        settings = self._settings
         place = rows.episode[slots], rows.step[slots]
         tokens, logprobs = picked
         out.tokens[place] = tokens
@@ -206,6 +219,11 @@ class StaticEngine:
         out.mask[place] = True
         rows.token[slots] = tokens
         rows.step[slots] += 1
+        self._end(rows, slots, tokens)
+
+    def _end(self, rows: _Rows, slots: slice, tokens: Tensor) -> None:
+        """Release those of some slots that are done with their last tokens."""
+        settings = self._settings
         done = {slot for slot in range(slots.start, slots.stop) if self._is_full(rows, slot)}
         if settings.stop_id is not None:  # the one question to the device in a step
             stopped: list[bool] = (tokens == settings.stop_id).tolist()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from quartet.errors import brief
+from quartet.kernels import Stretch
 from quartet.models.as_in_training import as_in_training
+from quartet.models.heads import LogitHead
 from quartet.models.precision import on_cpu
 from quartet.models.roles import LanguageView
 from quartet.rollout.compiled import CompiledStep, compiled_step
@@ -85,6 +87,12 @@ class Decoder:
         )
         states: Tensor = output.last_hidden_state
         return states[:, -1]
+
+    def stretch(self, cache: RowCache, head: LogitHead, temperature: float) -> Stretch | None:
+        """Steps in a row over a cache that holds prompts, with the LM head and the drawing of tokens; None where each has to be
+        taken by itself."""
+        compiled = self._compiled(cache)
+        return compiled.stretch(head, temperature) if isinstance(compiled, CompiledStep) else None
 
     def prepare(self, cache: RowCache) -> None:
         """Make what steps over a cache that holds prompts need, before one of them is recorded."""

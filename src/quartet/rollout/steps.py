@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quartet.errors import brief
+from quartet.kernels import Live, Responses, Stretch
 from quartet.models.heads import LogitHead
 from quartet.models.roles import LanguageView
 from quartet.rollout.engine import SamplingSettings
@@ -27,6 +28,8 @@ Shape = tuple[int, int, bool]
 """Rows and columns of a recorded step, and whether it is greedy."""
 Picked = tuple[Tensor, Tensor]
 """Tokens int64 `[n]`, and float32 `[n]` their log-probabilities in nats."""
+AT_ONCE = 16
+"""Steps in a row: whoever interrupts a run waits for them."""
 FEWEST_COLUMNS = 64
 """Of a recorded step."""
 
@@ -36,6 +39,22 @@ class Steps:
 
     def __init__(self, decoder: Decoder, head: LogitHead, settings: SamplingSettings, cache: RowCache) -> None:
         self._decoder, self._head, self._settings, self._cache = decoder, head, settings, cache
+        self._stretch: list[Stretch | None] = []
+        """Looked for once, when there are prompts in the cache."""
+
+    def in_a_row(self, live: Live, kept: Responses, most: int) -> int:
+        """Steps of the rows 0 to n - 1 until one stops, up to so many: what they draw is kept, and the rows carried on.
+
+        Returns:
+            How many; 0 where steps have to be taken one by one.
+        """
+        settings = self._settings
+        if kept.uniforms is not None and settings.top_p < 1.0:
+            return 0
+        if not self._stretch:
+            self._stretch.append(self._decoder.stretch(self._cache, self._head, settings.temperature))
+        found = self._stretch[0]
+        return 0 if found is None else found(live, kept, stop=settings.stop_id, most=min(most, AT_ONCE))
 
     def pick(self, hidden: Tensor, uniform: Tensor | None) -> Picked:
         """Tokens that follow hidden states `[n, H]`; drawn with `uniform` `[n]`, or the most likely ones."""
@@ -100,6 +119,10 @@ class RecordedSteps(Steps):
         self._uniform = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._seen = set() if seen is None else seen
         self._known: dict[Shape, tuple[Callable[[], None], Picked]] = {}
+
+    def in_a_row(self, live: Live, kept: Responses, most: int) -> int:
+        """None: a step is played back."""
+        return 0
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int, uniform: Tensor | None) -> Picked:
         """As `Steps`; the result is overwritten by the next call."""
