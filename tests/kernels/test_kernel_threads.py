@@ -83,6 +83,11 @@ def of_products(dtype: torch.dtype) -> list[Tensor]:
             out = torch.empty(rows, columns, dtype=dtype)
             assert kernels.multiply(out, term, Term(left, wide, 0.5))
             found.append(out)
+    if dtype == torch.float32:  # single products, of few rows that lie upright and of few columns
+        for left, right in ((drawn(700, 16).t(), drawn(700, COLUMNS)), (drawn(ROWS, 700), drawn(32, 700).t())):
+            out = torch.empty(len(left), right.shape[1])
+            assert kernels.multiply(out, Term(left, right))
+            found.append(out)
     return found
 
 
@@ -117,5 +122,8 @@ def test_of_the_thread_that_says_so_and_only_in_its_block() -> None:
         thread.start()
         thread.join()
         assert torch.get_num_threads() == 1
+        with more_threads(lambda: 1):
+            assert threads_now() == 2
+        assert threads_now() == 4
     assert other == [0]
     assert threads_now() == 1

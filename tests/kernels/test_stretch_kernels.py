@@ -12,15 +12,18 @@ from decoding_layers import DTYPES, made, weights
 from quartet import kernels
 from quartet.kernels import Live, Responses
 
-ROWS, RESPONSES, LENGTH, VOCABULARY = 18, 21, 9, 83
+ROWS, RESPONSES, LENGTH, VOCABULARY, HIDDEN = 18, 21, 9, 1000, 128
+"""Enough for a second thread in a step, in the LM head and in drawing, and for several blocks of probabilities."""
 needs_kernels = pytest.mark.skipif(not kernels.decodes(torch.float32), reason="no compiler at installation")
 
 
 def made_decoding(dtype: torch.dtype, rank: int, narrow: bool) -> tuple[kernels.Decoding, list[Any]]:
-    layers, size = weights(dtype, rank, hidden=64)
+    layers, size = weights(dtype, rank, hidden=HIDDEN)
     angles = made(size["columns"], size["size"], seed=4), made(size["columns"], size["size"], seed=5)
     return (
-        kernels.Decoding(layers, made(64, seed=9), angles, heads=size["heads"], eps=1e-5, scaling=0.3, narrow=narrow),
+        kernels.Decoding(
+            layers, made(HIDDEN, seed=9), angles, heads=size["heads"], eps=1e-5, scaling=0.3, narrow=narrow
+        ),
         layers,
     )
 
@@ -66,8 +69,8 @@ def test_steps_in_a_row(
     if narrow and dtype == torch.float32:
         pytest.skip("no narrower dtype than that of the states")
     torch.set_num_threads(threads)
-    head = kernels.Linear(made(VOCABULARY, 64, dtype=dtype, seed=7), made(VOCABULARY, seed=8))
-    embeddings = made(VOCABULARY, 64, dtype=torch.bfloat16 if narrow else torch.float32, seed=6)
+    head = kernels.Linear(made(VOCABULARY, HIDDEN, dtype=dtype, seed=7), made(VOCABULARY, seed=8))
+    embeddings = made(VOCABULARY, HIDDEN, dtype=torch.bfloat16 if narrow else torch.float32, seed=6)
     (decoding, layers), (expected, right) = made_decoding(dtype, rank, narrow), start(uniform)
     one_by_one(decoding, embeddings, head, expected, right, 5)
     caches = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
@@ -87,7 +90,7 @@ def test_steps_in_a_row(
 
 @needs_kernels
 def test_they_end_with_a_response() -> None:
-    head, embeddings = kernels.Linear(made(VOCABULARY, 64, seed=7)), made(VOCABULARY, 64, seed=6)
+    head, embeddings = kernels.Linear(made(VOCABULARY, HIDDEN, seed=7)), made(VOCABULARY, HIDDEN, seed=6)
     decoding, _ = made_decoding(torch.float32, 0, narrow=False)
     stretch = kernels.Stretch(decoding, embeddings, head, temperature=0.7)
     live, kept = start(uniform=True)
@@ -105,13 +108,14 @@ def test_they_end_with_a_response() -> None:
 
 @needs_kernels
 def test_fewer_rows_and_more_again() -> None:
-    """As rows stop, and prompts come in."""
-    head, embeddings = kernels.Linear(made(VOCABULARY, 64, seed=7)), made(VOCABULARY, 64, seed=6)
+    """As rows stop, and prompts come in; and more threads than at first."""
+    head, embeddings = kernels.Linear(made(VOCABULARY, HIDDEN, seed=7)), made(VOCABULARY, HIDDEN, seed=6)
     found = []
-    for counts in ((ROWS,), (3, ROWS)):
+    for counts, threads in (((ROWS,), (2,)), ((3, ROWS), (1, 2))):
         decoding, _ = made_decoding(torch.float32, 0, narrow=False)
         stretch = kernels.Stretch(decoding, embeddings, head, temperature=0.7)
-        for count in counts:
+        for count, number in zip(counts, threads, strict=True):
+            torch.set_num_threads(number)
             live, kept = start(uniform=True)
             some = Live(*(one[:count] for one in live))
             assert stretch(some, kept, stop=None, most=4) == 4
@@ -123,13 +127,15 @@ def test_fewer_rows_and_more_again() -> None:
 @needs_kernels
 def test_what_there_is_no_kernel_for() -> None:
     decoding, _ = made_decoding(torch.float32, 0, narrow=False)
-    head, embeddings = kernels.Linear(made(VOCABULARY, 64)), made(VOCABULARY, 64)
+    head, embeddings = kernels.Linear(made(VOCABULARY, HIDDEN)), made(VOCABULARY, HIDDEN)
     assert kernels.stretches(decoding, embeddings, head)
     assert not kernels.stretches(decoding, embeddings.bfloat16(), head)
-    assert not kernels.stretches(decoding, made(64, VOCABULARY).t(), head)
+    assert not kernels.stretches(decoding, made(HIDDEN, VOCABULARY).t(), head)
     assert not kernels.stretches(decoding, made(VOCABULARY, 32), head)
+    assert not kernels.stretches(decoding, embeddings[1:], head)  # a token that can be drawn has none
+    assert kernels.stretches(decoding, made(VOCABULARY + 1, HIDDEN), head)
     assert not kernels.stretches(decoding, embeddings.to("meta"), head)
     assert not kernels.stretches(decoding, embeddings, kernels.Linear(made(VOCABULARY, 32)))
-    assert not kernels.stretches(decoding, embeddings, kernels.Linear(made(VOCABULARY, 64).bfloat16()))
-    adapted = kernels.Linear(made(VOCABULARY, 64), None, made(2, 64), made(VOCABULARY, 2))
+    assert not kernels.stretches(decoding, embeddings, kernels.Linear(made(VOCABULARY, HIDDEN).bfloat16()))
+    adapted = kernels.Linear(made(VOCABULARY, HIDDEN), None, made(2, HIDDEN), made(VOCABULARY, 2))
     assert not kernels.stretches(decoding, embeddings, adapted)

@@ -152,3 +152,14 @@ def test_a_room_is_as_large_as_the_kernel_says() -> None:
         if (found := re.search(rf"{name} = (\d+)", text)) is not None
     )
     assert 256 * (across * deep + 2 * deep + 4) + rows * across * 16 == multiplying.WITHIN_TILES
+
+
+@pytest.mark.parametrize(("width", "columns"), [(64, 200), (200, 64), (65, 65), (200, 200), (1, 1)])
+def test_whether_a_single_product_is_computed_is_known_before(
+    width: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiplying, "NARROW", 64)
+    left, right = matrix(30, width), matrix(width, columns, seed=1)
+    computed = kernels.multiply(torch.empty(30, columns, dtype=NARROW), Term(left, right))
+    assert computed is (min(width, columns) <= 64)
+    assert kernels.multiplies_alone(left, right) is computed

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GraniteConfig, LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quartet import kernels
+from quartet.models.heads import LogitHead
 from quartet.models.roles import LanguageView
 from quartet.records import Prompts, Rollout
-from quartet.rollout import SamplingSettings, steps
+from quartet.rollout import SamplingSettings, static_decoder, steps
 from quartet.rollout.compiled import CompiledStep
 from quartet.rollout.static import StaticEngine
 from rollout_policies import FAMILIES, GROUPED, make_policy, make_prompts, settings, with_stops
@@ -23,14 +25,20 @@ pytestmark = pytest.mark.skipif(not kernels.decodes(torch.float32), reason="no c
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps each call took."""
-    theirs, found = kernels.Stretch.__call__, []
+    """How many steps each call took, but for those of an engine's check."""
+    theirs, check, found = kernels.Stretch.__call__, static_decoder._check_stretch, list[int]()
 
     def noting(self: kernels.Stretch, *given: Any, **named: Any) -> int:
         found.append(theirs(self, *given, **named))
         return found[-1]
 
+    def checking(*given: Any) -> None:
+        before = len(found)
+        check(*given)
+        del found[before:]
+
     monkeypatch.setattr(kernels.Stretch, "__call__", noting)
+    monkeypatch.setattr(static_decoder, "_check_stretch", checking)
     return found
 
 
@@ -76,6 +84,7 @@ def test_in_bfloat16_too(adapter: str, taken: list[int], monkeypatch: pytest.Mon
     """With an LM head that is multiplied by the same kernel in both ways."""
     config = LlamaConfig(**GROUPED | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4})
     policy = make_policy(config, lora=adapter != "none", dtype=torch.bfloat16)
+    policy.backbone.model.to(torch.bfloat16)  # as it is converted where torch multiplies in it
     found, expected = rollouts(policy, settings(), monkeypatch, greedy=False, merged=adapter == "merged")
     agree(found, expected, tolerance=0.0)
     assert sum(taken) == found.decode_steps
@@ -105,14 +114,27 @@ def test_what_is_drawn_from_fewer_tokens_is_drawn_one_by_one(taken: list[int], m
     assert taken
 
 
-def test_a_head_that_does_more_is_called_for_every_step(taken: list[int]) -> None:
-    """Granite divides its logits; a hook changes them; an adapter is on the head."""
-    scaled = make_policy(GraniteConfig(**GROUPED, logits_scaling=3.0))
-    hooked = make_policy(FAMILIES["llama"]())
-    hooked.backbone.model.lm_head.register_forward_hook(lambda _, __, out: out * 2)
+class Scaled(LlamaForCausalLM):  # type: ignore[misc]
+    """Logits that are not just what the LM head gives."""
+
+    def forward(self, **given: Any) -> Any:
+        output = super().forward(**given)
+        output.logits = 3 * output.logits
+        return output
+
+
+def test_a_head_that_does_more_is_called_for_every_step(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, scaled, hooked = (make_policy(FAMILIES["llama"]()) for _ in range(3))
+    scaled.backbone.model.__class__ = Scaled
+    scaled.head = LogitHead(scaled.backbone.model)
+    hooked.backbone.model.lm_head.register_forward_hook(lambda _, __, out: 3 * out)
+    expected = StaticEngine(plain, settings()).generate(make_prompts())
+    assert taken
+    taken.clear()
     for policy in (scaled, hooked):
-        found = StaticEngine(policy, settings()).generate(make_prompts())
-        assert found.response_mask.all()
+        found, other = rollouts(policy, settings(), monkeypatch, greedy=False)
+        agree(found, other)
+        assert not torch.equal(found.logprobs, expected.logprobs)
     assert taken == []
 
 
@@ -121,9 +143,32 @@ def test_embeddings_that_do_more_are_called_for_every_step(taken: list[int], mon
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    policy = make_policy(FAMILIES["llama"]())
-    policy.backbone.transformer.embed_tokens.__class__ = Doubled
-    agree(*rollouts(policy, settings(), monkeypatch, greedy=False))
+    doubled, renormalised = (make_policy(FAMILIES["llama"]()) for _ in range(2))
+    doubled.backbone.transformer.embed_tokens.__class__ = Doubled
+    renormalised.backbone.transformer.embed_tokens.max_norm = 1.0
+    for policy in (doubled, renormalised):
+        agree(*rollouts(policy, settings(), monkeypatch, greedy=False))
+    assert taken == []
+
+
+def test_an_engine_that_finds_other_numbers_takes_the_layers(
+    taken: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an LM head that gives something else in a row than by itself."""
+    policy, prompts = make_policy(FAMILIES["llama"]()), make_prompts()
+    expected = StaticEngine(policy, settings()).generate(prompts)
+    theirs = kernels.Stretch.__init__
+
+    def another(self: kernels.Stretch, decoding: Any, embeddings: Any, head: kernels.Linear, **named: Any) -> None:
+        theirs(self, decoding, embeddings, kernels.Linear(head.weight * 1.1), **named)
+
+    monkeypatch.setattr(kernels.Stretch, "__init__", another)
+    with caplog.at_level(logging.WARNING, "quartet"):
+        engine = StaticEngine(policy, settings())
+    assert "The compiled decoding step is not used" in caplog.text
+    assert "in a row" in caplog.text
+    taken.clear()
+    agree(engine.generate(prompts), expected)
     assert taken == []
 
 

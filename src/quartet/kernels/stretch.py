@@ -83,7 +83,8 @@ class Stretch:
         self._rooms: dict[str, Tensor] = {}
 
     def __call__(self, live: Live, kept: Responses, *, stop: int | None, most: int) -> int:
-        """Take steps until a row's token is `stop`, but no more than `most`, for which responses have room; say how many."""
+        """Take steps until a row's token is `stop`, but no more than `most`, for which cache and responses have room; say how
+        many."""
         rows, threads = len(live.token), torch.get_num_threads()
         step, head = self._decoding.step(rows), self._head
         asked = _Stretch(
@@ -122,4 +123,5 @@ def stretches(decoding: Decoding, embeddings: Tensor, head: Linear) -> bool:
     wide = torch.bfloat16 if decoding.narrow else torch.float32
     fits = head.down is None and head.fits() and dtype == decoding.dtype and head.weight.shape[1] == decoding.hidden
     fits = fits and fit(embeddings) and are_real(embeddings) and embeddings.is_contiguous() and embeddings.dtype == wide
-    return fits and embeddings.shape[1] == decoding.hidden and kernel(f"decode_stretch_{DTYPES[dtype]}") is not None
+    fits = fits and embeddings.shape[1] == decoding.hidden and len(embeddings) >= len(head.weight)  # of any token drawn
+    return fits and kernel(f"decode_stretch_{DTYPES[dtype]}") is not None

@@ -30,8 +30,8 @@ def more_threads(count: Callable[[], int]) -> Iterator[None]:
     Args:
         count: how many more there are at the moment; asked at every call.
     """
-    _idle.count = count
+    before, _idle.count = _idle.count, count
     try:
         yield
     finally:
-        _idle.count = None
+        _idle.count = before

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quartet.errors import brief
-from quartet.kernels import Stretch
+from quartet.kernels import Live, Responses, Stretch
 from quartet.models.as_in_training import as_in_training
 from quartet.models.heads import LogitHead
 from quartet.models.precision import on_cpu
@@ -165,6 +165,33 @@ def check(decoder: Decoder, policy: LanguageView) -> None:
     worst = float(error_size.max())
     if not worst <= TOLERANCES.get(policy.backbone.dtype, 0.1):
         raise NotDrivable(f"decoding rows of unequal length changes its hidden states by {worst:.0%}")
+    _check_stretch(decoder, policy, ids[:2, :5], lengths[:2])
+
+
+def _check_stretch(decoder: Decoder, policy: LanguageView, ids: Tensor, lengths: Tensor) -> None:
+    """Take two steps in a row, each to the most likely token, and compare with the logits of a plain forward pass.
+
+    Raises:
+        NotDrivable: they give something else.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    cache = decoder.new_cache(len(ids), ids.shape[1] + 2)
+    decoder.prefill(cache, 0, ids, lengths)
+    stretch = decoder.stretch(cache, policy.head, 1.0)
+    if stretch is None:
+        return
+    first, shape = ids[rows, lengths - 1], (len(ids), 3)
+    live = Live(first.clone(), lengths.clone(), torch.ones_like(rows), rows)
+    kept = Responses(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), torch.zeros(shape).bool(), None)
+    stretch(live, kept, stop=None, most=2)
+    whole = torch.nn.functional.pad(ids, (0, 2))
+    whole[rows, lengths], whole[rows, lengths + 1] = first, kept.tokens[:, 1]
+    plain: Tensor = policy.backbone.transformer(input_ids=whole, use_cache=False).last_hidden_state
+    places = torch.stack([lengths, lengths + 1], 1)
+    expected = policy.head(plain[rows[:, None], places].flatten(0, 1)).float().log_softmax(-1).amax(-1)
+    worst = float((kept.logprobs[:, 1:].flatten() - expected).abs().max())
+    if not worst <= TOLERANCES.get(policy.backbone.dtype, 0.1):
+        raise NotDrivable(f"decoding steps in a row give log-probabilities that are off by {worst:.2g} nats")
 
 
 def rounded(columns: int) -> int:
