@@ -112,9 +112,9 @@ def test_scoring_takes_rows_as_planned(tiny_run: TinyRun, monkeypatch: pytest.Mo
     taken = []
     table = SequenceTable.rows
     monkeypatch.setattr(SequenceTable, "rows", lambda self, rows: (taken.append(len(rows)), table(self, rows))[1])
-    pipeline.score(rollout_of(PROMPTS * 3, RESPONSES * 3))
-    assert taken[:2] == [8, 4]
-    assert set(taken) == {8, 4}
+    pipeline.score(rollout_of(PROMPTS * 5, RESPONSES * 5))
+    assert taken[:2] == [16, 4]
+    assert set(taken) == {16, 4}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
