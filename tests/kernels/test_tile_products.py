@@ -151,7 +151,7 @@ def test_a_room_is_as_large_as_the_kernel_says() -> None:
         for name in ("TILES_DEEP", "TILES_ACROSS", "ROWS_AT_ONCE")
         if (found := re.search(rf"{name} = (\d+)", text)) is not None
     )
-    assert 256 * (across * deep + 2 * deep + 4) + rows * across * 16 == multiplying.WITHIN_TILES
+    assert 256 * (across * deep + 4 * deep + 4) + rows * across * 16 == multiplying.WITHIN_TILES
 
 
 @pytest.mark.parametrize(("width", "columns"), [(64, 200), (200, 64), (65, 65), (200, 200), (1, 1)])

@@ -14,6 +14,9 @@ static int has_tiles(void) {
     return known;
 }
 
+/* Whether tiles multiply here, of numbers that vectors bring into their form. */
+static int can_multiply_by_tiles(void) { return has_tiles() && is_v4() && __builtin_cpu_supports("avx512bf16"); }
+
 /* Rows side by side, `[width][rows]`, of numbers that bfloat16 holds: [rows / 16][width / 2][16 rows][2]. */
 static void pack_rows(const float *x, long rows, long width, uint32_t *packed) {
     for (long block = 0; block < rows; block += SIDE)

@@ -1,17 +1,20 @@
-/* Sums of matrix products in bfloat16 by tiles of AMX, 16 rows times 16 columns and 32 numbers deep: parts of A and B are packed into
- * tiles, the numbers of B in pairs. Sums are float32 from the first term to the last, and rounded once. */
+/* Sums of matrix products by tiles of AMX, 16 rows times 16 columns and 32 numbers of bfloat16 deep: parts of A and B are packed into
+ * tiles, the numbers of B in pairs, those of float32 in three pieces each. Sums are float32 from the first term to the last, and rounded
+ * once. */
 
 enum {
     TILE_WORDS = SIDE * SIDE, /* of four bytes: two numbers */
-    TILES_DEEP = 32,          /* tiles that are multiplied before their sums are put away */
+    TILES_DEEP = 32,          /* tiles, or pieces of them, that are multiplied before their sums are put away */
     TILES_ACROSS = 32,        /* of columns, whose packed parts stay in the second cache */
     ROWS_AT_ONCE = 384,       /* whose sums wait for what is deeper */
 };
 #define TILE_NUMBERS (2 * TILE_WORDS)
 #define TARGET_TILES __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
-/* Floats of a thread's room: packed B, packed A of 32 rows, sums of four tiles, sums that wait. */
+/* Floats of a thread's room: packed B, packed A of 32 rows and of 32 more, sums of four tiles, sums that wait. */
 #define TILES_WITHIN \
-    (TILES_ACROSS * TILES_DEEP * TILE_WORDS + 2 * TILES_DEEP * TILE_WORDS + 4 * TILE_WORDS + ROWS_AT_ONCE * TILES_ACROSS * SIDE)
+    (TILES_ACROSS * TILES_DEEP * TILE_WORDS + 4 * TILES_DEEP * TILE_WORDS + 4 * TILE_WORDS + ROWS_AT_ONCE * TILES_ACROSS * SIDE)
+
+#include "splitting.h"
 
 INLINE bf16 scaled_bf16(bf16 number, float scale) {
     bf16 found;
@@ -85,18 +88,19 @@ TARGET_TILES INLINE void packed_across(const bf16 *from, long step, long lines, 
     if (lines > SIDE) turn_rows_v4(SIDE, right, (float *)(to + apart), SIDE);
 }
 
-/* Tiles of up to 32 lines, 16 in each of two strips, from place `start` of the terms' depths on; each term begins with a tile of its
- * own. */
-TARGET_TILES INLINE void packed_strips(const product_sum *p, const int pairs, long first, long lines, long start, long tiles, bf16 *out) {
-    const long apart = tiles * TILE_NUMBERS;
-    long place = 0;
-    for (long n = 0; n < p->count && tiles > 0; n++) {
-        const term *t = p->terms + n;
+/* Tiles of up to 32 lines, 16 in each of two strips; each term begins with a tile of its own. */
+TARGET_TILES INLINE void packed_strips(const strips *s, const int pieces, const int pairs) {
+    const long apart = s->tiles * TILE_NUMBERS, lines = s->end - s->first;
+    long place = 0, start = s->start, tiles = s->tiles;
+    bf16 *out = (bf16 *)s->to;
+    for (long n = 0; pieces > 1 && n < 2 * tiles; n++) split_nth(s, pairs, n);
+    for (long n = 0; pieces == 1 && n < s->p->count && tiles > 0; n++) {
+        const term *t = s->p->terms + n;
         const long own = (t->width + DEPTH - 1) / DEPTH, from = start - place;
         place += own;
         if (from >= own) continue;
         const long line = pairs ? t->b_step : t->a_row, step = pairs ? t->b_row : t->a_step;
-        const bf16 *base = (const bf16 *)(pairs ? t->b : t->a) + first * line;
+        const bf16 *base = (const bf16 *)(pairs ? t->b : t->a) + s->first * line;
         const float scale = pairs ? 1.0f : t->scale;
         for (long k = from; k < own && tiles > 0; k++, tiles--, start++, out += TILE_NUMBERS) {
             const long width = t->width - k * DEPTH;
@@ -127,6 +131,7 @@ TARGET_TILES INLINE void put_sums(const product_sum *p, const float *sums, long 
         const long place = (i + r) * p->out_row + j;
         if (p->wide) {
             float *out = p->out + place;
+            if (p->bias) found += _mm512_maskz_loadu_ps(there, p->bias + j);
             if (p->add) found += _mm512_maskz_loadu_ps(there, out);
             _mm512_mask_storeu_ps(out, there, found);
             continue;
@@ -139,20 +144,8 @@ TARGET_TILES INLINE void put_sums(const product_sum *p, const float *sums, long 
     }
 }
 
-/* Two strips of A times two of B, or one twice: their sums to `done`, after those that `wait` where there are any. */
-TARGET_TILES INLINE void four_sums(const float *a, const float *second_a, const float *b, const float *second_b, long deep,
-                                   const float *wait, float *done) {
-    if (wait) {
-        _tile_loadd(0, wait, 4 * SIDE);
-        _tile_loadd(1, wait + TILE_WORDS, 4 * SIDE);
-        _tile_loadd(2, wait + 2 * TILE_WORDS, 4 * SIDE);
-        _tile_loadd(3, wait + 3 * TILE_WORDS, 4 * SIDE);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+/* The products of two strips of A and two of B, or of one twice, are added to the first four tiles. */
+TARGET_TILES INLINE void added_tiles(const float *a, const float *second_a, const float *b, const float *second_b, long deep) {
     for (long k = 0; k < deep * TILE_WORDS; k += TILE_WORDS) {
         _tile_loadd(4, a + k, 4 * SIDE);
         _tile_loadd(6, b + k, 4 * SIDE);
@@ -163,35 +156,62 @@ TARGET_TILES INLINE void four_sums(const float *a, const float *second_a, const 
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, done, 4 * SIDE);
-    _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
-    _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
-    _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
 }
 
-/* Up to 32 rows from `i` on of columns `j` to `end`, from packed A and B of one depth, the `first` or `last` of all: between depths the sums
- * are kept in `waiting`. */
-TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const float *a, const float *b, long deep, long i, long bottom, long j, long end,
-                                       float *sums, float *waiting, int first, int last) {
-    const int both = i + SIDE < bottom;
-    for (long c = j; c < end; c += 2 * SIDE, b += 2 * deep * TILE_WORDS, waiting += 4 * TILE_WORDS) {
-        const int more = c + SIDE < end;
-        four_sums(a, a + (both ? deep * TILE_WORDS : 0), b, b + (more ? deep * TILE_WORDS : 0), deep, first ? 0 : waiting, last ? sums : waiting);
-        for (int q = 0; last && q < 4; q++) {
-            const long row = i + q / 2 * SIDE, column = c + q % 2 * SIDE;
+/* A part of a product: packed A of up to 32 rows from `i` on and packed B of columns `j` to `end`, of one depth, the `first` or `last` of
+ * all. Between depths the sums are kept in `waiting`. */
+typedef struct {
+    const float *a, *b;
+    long deep, i, bottom, j, end;
+    float *sums, *waiting;
+    int first, last;
+} tile_block;
+
+/* Multiplied; meanwhile numbers of the `next` rows, unless null, are split: a processor does both at once. */
+TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const int pieces, const tile_block *t, const strips *next) {
+    const int both = t->i + SIDE < t->bottom;
+    const long strip = t->deep * pieces * TILE_WORDS, pairs = (t->end - t->j + 2 * SIDE - 1) / (2 * SIDE);
+    const float *b = t->b, *second_a = t->a + (both ? strip : 0);
+    for (long n = 0, c = t->j; n < pairs; n++, c += 2 * SIDE, b += 2 * strip) {
+        const int more = c + SIDE < t->end;
+        float *waiting = t->waiting + 4 * n * TILE_WORDS, *done = t->last ? t->sums : waiting;
+        if (t->first) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, waiting, 4 * SIDE);
+            _tile_loadd(1, waiting + TILE_WORDS, 4 * SIDE);
+            _tile_loadd(2, waiting + 2 * TILE_WORDS, 4 * SIDE);
+            _tile_loadd(3, waiting + 3 * TILE_WORDS, 4 * SIDE);
+        }
+        if (pieces > 1) {
+            for (long k = 0; k < strip; k += PIECES * TILE_WORDS)
+                added_split_tiles(t->a + k, second_a + k, b + k, b + (more ? strip : 0) + k, &(waiting_lines){0});
+            for (long tile = 2 * t->deep * n / pairs; next && tile < 2 * t->deep * (n + 1) / pairs; tile++) split_nth(next, 0, tile);
+        } else
+            added_tiles(t->a, second_a, b, b + (more ? strip : 0), t->deep);
+        _tile_stored(0, done, 4 * SIDE);
+        _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
+        _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
+        _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
+        for (int q = 0; t->last && q < 4; q++) {
+            const long row = t->i + q / 2 * SIDE, column = c + q % 2 * SIDE;
             if ((q / 2 && !both) || (q % 2 && !more)) continue;
-            put_sums(p, sums + q * TILE_WORDS, row, column, bottom - row < SIDE ? bottom - row : SIDE, end - column < SIDE ? end - column : SIDE);
+            put_sums(p, t->sums + q * TILE_WORDS, row, column, t->bottom - row < SIDE ? t->bottom - row : SIDE,
+                     t->end - column < SIDE ? t->end - column : SIDE);
         }
     }
 }
 
 /* Rows `from` to `to` of columns `left` to `right`. */
-TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, long from, long to, long left, long right) {
-    float *own_b = room, *own_a = own_b + TILES_ACROSS * TILES_DEEP * TILE_WORDS, *sums = own_a + 2 * TILES_DEEP * TILE_WORDS;
-    float *waiting = sums + 4 * TILE_WORDS;
+TARGET_TILES INLINE void tiles_multiplied(const product_sum *p, const int pieces, float *room, long from, long to, long left, long right) {
+    float *own_b = room, *own_a = own_b + TILES_ACROSS * TILES_DEEP * TILE_WORDS, *other_a = own_a + 2 * TILES_DEEP * TILE_WORDS;
+    float *sums = other_a + 2 * TILES_DEEP * TILE_WORDS, *waiting = sums + 4 * TILE_WORDS;
     long total = 0;
     for (long n = 0; n < p->count; n++) total += (p->terms[n].width + DEPTH - 1) / DEPTH;
-    const long blocks = (total + TILES_DEEP - 1) / TILES_DEEP;
+    const long most = TILES_DEEP / pieces, blocks = (total + most - 1) / most;
     whole_tiles();
     for (long top = from; top < to; top += ROWS_AT_ONCE)
         for (long j = left; j < right; j += TILES_ACROSS * SIDE) {
@@ -200,12 +220,22 @@ TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, lon
             for (long n = 0; n < blocks; n++) {
                 const long start = total * n / blocks, deep = total * (n + 1) / blocks - start;
                 for (long c = j; c < end; c += 2 * SIDE)
-                    packed_strips(p, 1, c, p->columns - c, start, deep, (bf16 *)(own_b + (c - j) / SIDE * deep * TILE_WORDS));
+                    packed_strips(&(strips){p, c, end - c < 2 * SIDE ? end : c + 2 * SIDE, start, deep, own_b + (c - j) / SIDE * deep * pieces * TILE_WORDS},
+                                  pieces, 1);
+                strips rows = {p, top, bottom - top < 2 * SIDE ? bottom : top + 2 * SIDE, start, deep, own_a};
+                packed_strips(&rows, pieces, 0);
                 for (long i = top; i < bottom; i += 2 * SIDE) {
-                    packed_strips(p, 0, i, p->rows - i, start, deep, (bf16 *)own_a);
+                    const float *a = rows.to;
+                    const int more = i + 2 * SIDE < bottom;
+                    rows.first = rows.end;
+                    rows.end = bottom - rows.end < 2 * SIDE ? bottom : rows.end + 2 * SIDE;
+                    rows.to = a == own_a ? other_a : own_a;
+                    if (pieces == 1 && more) packed_strips(&rows, 1, 0);
                     __asm__ volatile("" ::: "memory"); /* as in `whole_tiles` */
-                    rows_of_tiles(p, own_a, own_b, deep, i, bottom, j, end, sums, waiting + (i - top) / SIDE * TILES_ACROSS * TILE_WORDS, n == 0,
-                                  n + 1 == blocks);
+                    rows_of_tiles(p, pieces,
+                                  &(tile_block){a, own_b, deep, i, bottom, j, end, sums, waiting + (i - top) / SIDE * TILES_ACROSS * TILE_WORDS, n == 0,
+                                                n + 1 == blocks},
+                                  more ? &rows : 0);
                 }
             }
         }
@@ -213,10 +243,15 @@ TARGET_TILES static void tiles_multiplied(const product_sum *p, float *room, lon
 }
 
 /* The part of one of `high * across` threads. */
-static void tiles_of_thread(const product_sum *p, long thread, long high, long across) {
+TARGET_TILES INLINE void tiles_of_thread(const product_sum *p, const int pieces, long thread, long high, long across) {
     const long tall = (p->rows + 31) / 32, wide = (p->columns + 31) / 32, down = thread / across, along = thread % across;
     const long from = tall * down / high * 32, to = tall * (down + 1) / high * 32;
     const long left = wide * along / across * 32, right = wide * (along + 1) / across * 32;
     if (from < to && left < right)
-        tiles_multiplied(p, p->room + thread * TILES_WITHIN, from, to < p->rows ? to : p->rows, left, right < p->columns ? right : p->columns);
+        tiles_multiplied(p, pieces, p->room + thread * TILES_WITHIN, from, to < p->rows ? to : p->rows, left, right < p->columns ? right : p->columns);
+}
+
+TARGET_TILES static void part_by_tiles(const product_sum *p, long thread, long high, long across) { tiles_of_thread(p, 1, thread, high, across); }
+TARGET_TILES static void part_by_pieces(const product_sum *p, long thread, long high, long across) {
+    tiles_of_thread(p, PIECES, thread, high, across);
 }

@@ -102,8 +102,7 @@ static void NAMED(project)(const step *s, const linear *const *layers, int count
         NAMED(round_all)(low + from * s->side, (to - from) * s->side);
         ranks += rank;
     }
-    const uint32_t *packed =
-        NAMED(packed_rows)(x, s->side, layers[0]->width, (uint32_t *)(s->packed + thread * s->packed_row));
+    const float *packed = NAMED(packed_rows)(x, s->side, layers[0]->width, s->packed + thread * s->packed_row);
     if (ranks) {
 #pragma omp barrier
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.kernels.library import DTYPES, are_real, fit, kernel
+from quartet.kernels.library import DTYPES, are_real, fit, has_tile_products, kernel
 
 FEW = 128
 """Most rows (`MOST` in few_rows.h)."""
@@ -20,6 +20,8 @@ OF_A_THREAD = 64
 """Features below which another thread waits more than it computes: half a dozen times a layer all wait for each other."""
 SIDE = 16
 """Rows are filled up to a multiple of so many (`SIDE` in few_rows.h)."""
+PIECES = 3
+"""Numbers of bfloat16 that make one of float32 where tiles multiply (`PIECES` in few_rows.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class Decoding:
         inputs = [group for one in layers for group in one.groups()]
         mixed, inner = step.heads * step.size, len(first.gate.weight)
         step.scores_row = step.columns + SIDE
-        step.packed_row = side * max(group[0].weight.shape[1] for group in inputs) // 2
+        step.packed_row = room_of_rows(self.dtype, side, max(group[0].weight.shape[1] for group in inputs))
         sizes = {
             "states": side * step.hidden,
             "given": side * max(step.hidden, mixed),
@@ -240,7 +242,7 @@ class Decoding:
             "ups": side * inner,
             "low": side * max(sum(one.rank for one in group) for group in inputs),
             "scores": threads * step.scores_row,
-            "packed": threads * step.packed_row if self.dtype == torch.bfloat16 else 0,
+            "packed": threads * step.packed_row,
         }
         # Zeros: of rows that only fill up, something finite is computed.
         whole = first.first_norm.new_zeros(sum(sizes.values()))
@@ -253,6 +255,11 @@ class Decoding:
 def filled_up(rows: int) -> int:
     """The rows that are computed for so many."""
     return -(-rows // SIDE) * SIDE
+
+
+def room_of_rows(dtype: torch.dtype, side: int, width: int) -> int:
+    """Numbers of float32 that a thread's copy takes of rows as tiles multiply them (`room_of_rows` in linear.h)."""
+    return (PIECES if dtype == torch.float32 else 1) * side * width // 2 if has_tile_products() else 0
 
 
 def decodes(dtype: torch.dtype) -> bool:
@@ -278,8 +285,8 @@ def few_rows(states: Tensor, layer: Linear) -> Tensor:
         )
     given = states.reshape(rows, width).to(weight.dtype).float().contiguous()
     out = given.new_empty(*states.shape[:-1], features, dtype=weight.dtype)
-    packed = threads if weight.dtype == torch.bfloat16 else 0
-    room = given.new_empty((1 + packed) * filled_up(rows) * width)
+    side = filled_up(rows)
+    room = given.new_empty(side * width + threads * room_of_rows(weight.dtype, side, width))
     function: Any = kernel(f"few_rows_{DTYPES[weight.dtype]}")
     pointers = [0 if t is None else t.data_ptr() for t in (given, weight, bias, out, room)]
     function(*pointers, rows, width, features, threads)

@@ -8,9 +8,10 @@ enum {
     SIDE = 16,     /* rows are filled up to a multiple of so many */
     STEP = 16,     /* numbers of a row between two requests for weights that come next */
     STRETCH = 256, /* numbers of a row whose weights are widened at once */
-    SOME = 48,     /* features whose results wait for their place in a row */
+    SOME = 64,     /* features whose results wait for their place in a row */
     LONGEST = 512, /* numbers of a head */
     MOST = 128,    /* rows */
+    PIECES = 3,    /* of a float32 number that tiles multiply */
     BLOCK = 128,   /* probabilities that are summed before one is looked for among them */
 };
 

@@ -116,6 +116,7 @@ const char *built_from(void) { return BUILT_FROM; }
 #include "generations.h"
 #ifdef TILES
 #include "amx_products.h"
+#include "few_by_pieces.h"
 #endif
 #include "multiplying.h"
 #include "attending.h"

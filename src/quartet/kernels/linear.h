@@ -29,11 +29,17 @@ CLONES static void NAMED(add_bias)(const float *bias, float *out, long rows, lon
     }
 }
 
+/* Numbers of a thread's room for rows as tiles take them, where there are tiles. */
+static long NAMED(room_of_rows)(long rows, long width) { return (sizeof(NUMBER) == sizeof(float) ? PIECES : 1) * rows * width / 2; }
+
 /* Rows as tiles take them, in a thread's room; null where they are not multiplied by tiles. */
-static const uint32_t *NAMED(packed_rows)(const float *x, long rows, long width, uint32_t *room) {
+static const float *NAMED(packed_rows)(const float *x, long rows, long width, float *room) {
 #ifdef TILES
-    if (sizeof(NUMBER) == sizeof(bf16) && width % DEPTH == 0 && has_tiles()) {
-        pack_rows(x, rows, width, room);
+    if (width % DEPTH == 0 && can_multiply_by_tiles()) {
+        if (sizeof(NUMBER) == sizeof(float))
+            split_rows(x, rows, width, room);
+        else
+            pack_rows(x, rows, width, (uint32_t *)room);
         return room;
     }
 #endif
@@ -42,12 +48,15 @@ static const uint32_t *NAMED(packed_rows)(const float *x, long rows, long width,
 }
 
 /* x W^T + b for a thread's features, rounded. */
-static void NAMED(multiply)(const linear *layer, const float *x, const uint32_t *packed, float *out, long rows, long from, long to) {
+static void NAMED(multiply)(const linear *layer, const float *x, const float *packed, float *out, long rows, long from, long to) {
     long done = from;
 #ifdef TILES
     if (packed) {
         done += (to - from) / SIDE * SIDE;
-        product_by_tiles(packed, rows, (const bf16 *)layer->weight, layer->width, out, from, done);
+        if (sizeof(NUMBER) == sizeof(float))
+            product_by_pieces(packed, rows, (const float *)layer->weight, layer->width, out, from, done);
+        else
+            product_by_tiles((const uint32_t *)packed, rows, (const bf16 *)layer->weight, layer->width, out, from, done);
     }
 #endif
     (void)packed;
@@ -56,15 +65,15 @@ static void NAMED(multiply)(const linear *layer, const float *x, const uint32_t 
     NAMED(round_all)(out + from * rows, rows * (to - from));
 }
 
-/* Rows side by side, filled up to `side`, by a layer without an adapter: `[rows, features]` in its dtype. `room`: as much as the rows
- * take for each thread, in bfloat16. */
+/* Rows side by side, filled up to `side`, by a layer without an adapter: `[rows, features]` in its dtype. `room`:
+ * `room_of_rows` for each thread. */
 static void NAMED(of_rows)(const float *x, long side, const NUMBER *weight, const float *bias, NUMBER *out, float *room, long rows, long width,
                            long features, long threads) {
     if (rows * width * features < LEAST) threads = 1;
 #pragma omp parallel for schedule(static) num_threads((int)threads)
     for (long thread = 0; thread < threads; thread++) {
         const long from = share(features, thread, threads), to = share(features, thread + 1, threads);
-        const uint32_t *packed = NAMED(packed_rows)(x, side, width, (uint32_t *)(room + thread * side * width));
+        const float *packed = NAMED(packed_rows)(x, side, width, room + thread * NAMED(room_of_rows)(side, width));
         float found[SOME * MOST];
         for (long first = from; first < to; first += SOME) {
             const long some = to - first < SOME ? to - first : SOME;
@@ -76,7 +85,7 @@ static void NAMED(of_rows)(const float *x, long side, const NUMBER *weight, cons
     }
 }
 
-/* The same of `[rows, width]` float32. `room`: for the rows, filled up, side by side, and once more for each thread. */
+/* The same of `[rows, width]` float32. `room`: for the rows, filled up, side by side, and `room_of_rows` for each thread. */
 void NAMED(few_rows)(const float *x, const NUMBER *weight, const float *bias, NUMBER *out, float *room, long rows, long width,
                      long features, long threads) {
     const long side = (rows + SIDE - 1) / SIDE * SIDE;

@@ -22,8 +22,8 @@ WITHIN = 288 * (96 + 1024 + 32)
 counted for the libraries, which multiply less where kernels do."""
 SMALLEST = 2**17
 """Multiplications below which a call of torch's product costs less, in float32."""
-WITHIN_TILES = 256 * (32 * 32 + 2 * 32 + 4 + 384 * 2)
-"""The same for products in bfloat16 (`TILES_WITHIN` in amx_products.h)."""
+WITHIN_TILES = 256 * (32 * 32 + 4 * 32 + 4 + 384 * 2)
+"""The same where tiles multiply (`TILES_WITHIN` in amx_products.h)."""
 NARROW = 64
 """Columns, or numbers that are summed up, to which a single product in bfloat16 is computed by tiles: larger ones are left to
 oneDNN."""
@@ -136,8 +136,8 @@ def _call(out: Tensor, terms: tuple[Term, ...], bias: Tensor | None, add: bool, 
     tiles, threads = terms[0].left.dtype == torch.bfloat16, threads_now()
     if tiles:
         caught_up()
-    numbers: list[float] = [*out.shape, out.stride(0), add, tiles and out.dtype == torch.float32, len(terms), threads]
-    numbers += (out.data_ptr(), _room(threads, tiles).data_ptr(), 0 if bias is None else bias.data_ptr())
+    numbers: list[float] = [*out.shape, out.stride(0), add, out.dtype == torch.float32, len(terms), threads]
+    numbers += (out.data_ptr(), _room(threads).data_ptr(), 0 if bias is None else bias.data_ptr())
     for left, right, scale in terms:
         numbers += (left.data_ptr(), right.data_ptr(), *left.stride(), *right.stride(), left.shape[1], scale)
     given = _layout(len(terms)).pack(*numbers)
@@ -153,10 +153,10 @@ def _layout(terms: int) -> struct.Struct:
     return struct.Struct(_HEAD + _TERM * terms)
 
 
-def _room(threads: int, tiles: bool) -> Tensor:
+def _room(threads: int) -> Tensor:
     """This thread's own, kept from call to call."""
     room: Tensor | None = getattr(_kept, "room", None)
-    numbers = threads * (WITHIN_TILES if tiles else WITHIN)
+    numbers = threads * max(WITHIN, WITHIN_TILES if has_tile_products() else 0)
     if room is None or room.numel() < numbers:
         caught_up()  # what waits may compute in the smaller one
         room = _kept.room = torch.empty(numbers, dtype=torch.float32, device="cpu")

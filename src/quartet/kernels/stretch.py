@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quartet.kernels.decoding import Decoding, Linear, filled_up
+from quartet.kernels.decoding import Decoding, Linear, filled_up, room_of_rows
 from quartet.kernels.drawing import BLOCK
 from quartet.kernels.library import DTYPES, are_real, fit, kernel
 
@@ -107,7 +107,7 @@ class Stretch:
         sizes = {
             "logits": (rows * vocabulary, weight.dtype),
             "sums": (rows * -(-vocabulary // BLOCK), torch.float32),
-            "packed": (threads * filled_up(rows) * hidden if weight.dtype == torch.bfloat16 else 0, torch.float32),
+            "packed": (threads * room_of_rows(weight.dtype, filled_up(rows), hidden), torch.float32),
             "numbers": (rows, torch.float64),
             "picked": (rows, torch.int64),
             "picked_logprobs": (rows, torch.float32),
