@@ -14,12 +14,16 @@ ORDERS = ("rows", "columns", "apart")
 def matrix(rows: int, columns: int, order: str = "rows", seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Of normal numbers, in one of the orders in memory."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator).to(dtype)
+    return ordered(torch.randn(rows, columns, generator=generator).to(dtype), order)
+
+
+def ordered(values: Tensor, order: str) -> Tensor:
+    """A matrix in one of the orders in memory."""
     if order == "columns":
         return values.t().contiguous().t()
     if order == "apart":
         return torch.stack([values, values], -1)[..., 0]
-    return values
+    return values.contiguous()
 
 
 def exact(*terms: Term) -> Tensor:

@@ -23,7 +23,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "features"), [(8, 5), (64, 16), (257, 50), (512, 300), (96, 1)])
+@pytest.mark.parametrize(("width", "features"), [(8, 5), (64, 16), (257, 50), (512, 300), (96, 1), (96, 50)])
 def test_few_rows(generation: str, width: int, features: int, dtype: torch.dtype, threads: int) -> None:
     """Any number of rows and features; with and without a bias."""
     torch.set_num_threads(threads)
@@ -35,6 +35,16 @@ def test_few_rows(generation: str, width: int, features: int, dtype: torch.dtype
         found = kernels.few_rows(states, kernels.Linear(weight, bias))
         assert found.dtype == dtype
         close(found, expected + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_digit_of_float32_is_lost(generation: str, rows: int) -> None:
+    """Ones and zeros give back what they multiply, bit for bit."""
+    numbers = torch.randn(rows, 96) * torch.randint(-40, 41, (rows, 96)).float().exp2()
+    assert torch.equal(kernels.few_rows(numbers, kernels.Linear(torch.eye(96))), numbers)
+    weight = torch.randn(48, 96) * torch.randint(-40, 41, (48, 96)).float().exp2()
+    found = kernels.few_rows(torch.eye(96)[:rows], kernels.Linear(weight))
+    assert torch.equal(found, weight.t()[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from matrices import ORDERS, exact, matrix, relative
+from matrices import ORDERS, exact, matrix, ordered, relative
 from quartet import kernels
 from quartet.kernels import Term, library, multiplying
 
@@ -24,7 +25,8 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("orders", [(left, right) for left in ORDERS for right in ORDERS], ids="-".join)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (6, 16, 32), (97, 300, 70), (13, 5, 200), (200, 40, 9), (40, 600, 16), (11, 290, 1100)]
+    "shape",
+    [(1, 1, 1), (6, 16, 32), (97, 300, 70), (13, 5, 200), (200, 40, 9), (40, 600, 16), (11, 290, 1100), (400, 350, 560)],
 )
 def test_a_product(generation: str, shape: tuple[int, int, int], orders: tuple[str, str], threads: int) -> None:
     torch.set_num_threads(threads)
@@ -37,9 +39,11 @@ def test_a_product(generation: str, shape: tuple[int, int, int], orders: tuple[s
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(35, 53), (75, 117)])
 @pytest.mark.parametrize("widths", [(40, 3), (280, 16), (286, 4, 1), (576, 16, 300, 16)])
-def test_sums_of_products(generation: str, widths: tuple[int, ...], biased: bool, add: bool) -> None:
-    rows, columns = 35, 53
+def test_sums_of_products(
+    generation: str, widths: tuple[int, ...], rows: int, columns: int, biased: bool, add: bool
+) -> None:
     terms = [
         Term(
             matrix(rows, width, ORDERS[n % 3], n),
@@ -98,14 +102,59 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(generation: str, width: int, colu
         assert torch.equal(alone, found[0][start:end])
 
 
-def test_what_is_no_number_stays_in_its_row_and_column(generation: str) -> None:
-    left, right = matrix(20, 30), matrix(30, 50, seed=1)
-    left[3, 4], right[9, 44] = torch.nan, torch.inf
-    out = torch.empty(20, 50)
+def far_apart(rows: int, columns: int) -> Tensor:
+    """Numbers of all 24 digits, over eighty powers of two."""
+    return torch.randn(rows, columns) * torch.randint(-40, 41, (rows, columns)).float().exp2()
+
+
+@pytest.mark.parametrize("orders", [(left, right) for left in ORDERS for right in ORDERS], ids="-".join)
+def test_no_digit_of_float32_is_lost(generation: str, orders: tuple[str, str]) -> None:
+    """Ones and zeros give back what they multiply, bit for bit, on either side."""
+    numbers, ones = far_apart(90, 128), torch.eye(128)
+    left, right, out = torch.empty(90, 128), torch.empty(128, 90), torch.empty(90, 128)
+    assert kernels.multiply(left, Term(ordered(numbers, orders[0]), ordered(ones, orders[1])))
+    assert torch.equal(left, numbers)
+    assert kernels.multiply(right, Term(ordered(ones, orders[0]), ordered(numbers.t(), orders[1])))
+    assert torch.equal(right, numbers.t())
+    assert kernels.multiply(out, Term(ordered(numbers, orders[0]), ordered(ones, orders[1]), -0.3))
+    assert torch.equal(out, -0.3 * numbers)
+
+
+@pytest.mark.parametrize("width", [64, 500, 3000])
+def test_sums_are_as_exact_as_torch_computes_them(generation: str, width: int) -> None:
+    """Of what the terms are in size; the sums of a few thousand numbers are off by their order."""
+    for left, right in (
+        (torch.randn(96, width), torch.randn(width, 80)),
+        (torch.rand(96, width), torch.rand(width, 80)),
+        (far_apart(96, width), far_apart(width, 80)),
+    ):
+        out = torch.empty(96, 80)
+        assert kernels.multiply(out, Term(left, right))
+        expected, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+        off, of_torch = (((found.double() - expected).abs() / size).max() for found in (out, left @ right))
+        assert off < 2 * of_torch
+        assert off < 2**-20
+
+
+def test_the_smallest_numbers_count_as_nothing_at_most(generation: str) -> None:
+    """Where a number's last digits are below 2^-126 a processor may leave them out, and nothing else."""
+    numbers = torch.randn(64, 64) * 2.0 ** torch.randint(-126, -100, (64, 64))
+    out = torch.empty(64, 64)
+    assert kernels.multiply(out, Term(numbers, torch.eye(64)))
+    assert (out - numbers).abs().max() <= 2.0**-125
+
+
+@pytest.mark.parametrize(("width", "columns"), [(30, 50), (70, 90)])
+def test_what_is_no_number_stays_in_its_row_and_column(generation: str, width: int, columns: int) -> None:
+    left, right = matrix(20, width), matrix(width, columns, seed=1)
+    left[3, 4], right[9, 44], left[7, 5] = torch.nan, torch.inf, -torch.inf
+    left.view(torch.int32)[8, 6] = 0x7FFFFFFF  # a NaN too
+    out = torch.empty(20, columns)
     assert kernels.multiply(out, Term(left, right))
-    assert not out[3].isfinite().any()
+    bad = torch.tensor([3, 7, 8])
+    assert not out[bad].isfinite().any()
     assert not out[:, 44].isfinite().any()
-    rest = out[torch.arange(20) != 3][:, torch.arange(50) != 44]
+    rest = out[~torch.isin(torch.arange(20), bad)][:, torch.arange(columns) != 44]
     assert rest.isfinite().all()
 
 
