@@ -26,7 +26,16 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("orders", [(left, right) for left in ORDERS for right in ORDERS], ids="-".join)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1), (6, 16, 32), (97, 300, 70), (13, 5, 200), (200, 40, 9), (40, 600, 16), (11, 290, 1100), (400, 350, 560)],
+    [
+        (1, 1, 1),
+        (6, 16, 32),
+        (97, 300, 70),
+        (13, 5, 200),
+        (200, 40, 9),
+        (40, 600, 16),
+        (11, 290, 1100),
+        (400, 350, 560),
+    ],
 )
 def test_a_product(generation: str, shape: tuple[int, int, int], orders: tuple[str, str], threads: int) -> None:
     torch.set_num_threads(threads)

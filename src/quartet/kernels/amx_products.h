@@ -4,9 +4,9 @@
 
 enum {
     TILE_WORDS = SIDE * SIDE, /* of four bytes: two numbers */
-    TILES_DEEP = 32,          /* tiles, or pieces of them, that are multiplied before their sums are put away */
-    TILES_ACROSS = 32,        /* of columns, whose packed parts stay in the second cache */
-    ROWS_AT_ONCE = 384,       /* whose sums wait for what is deeper */
+    TILES_DEEP = 36,          /* tiles, or pieces of them, that are multiplied before their sums are put away */
+    TILES_ACROSS = 24,        /* of columns, whose packed parts stay in the second cache */
+    ROWS_AT_ONCE = 512,       /* whose sums wait for what is deeper */
 };
 #define TILE_NUMBERS (2 * TILE_WORDS)
 #define TARGET_TILES __attribute__((target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")))
@@ -144,9 +144,15 @@ TARGET_TILES INLINE void put_sums(const product_sum *p, const float *sums, long 
     }
 }
 
-/* The products of two strips of A and two of B, or of one twice, are added to the first four tiles. */
+/* The products of two strips of A and two of B, or of one twice, are added to the first four tiles; asks for what
+ * follows in B, which comes from the second cache. */
 TARGET_TILES INLINE void added_tiles(const float *a, const float *second_a, const float *b, const float *second_b, long deep) {
     for (long k = 0; k < deep * TILE_WORDS; k += TILE_WORDS) {
+#pragma GCC unroll 16
+        for (int line = 0; line < SIDE; line++) {
+            __builtin_prefetch(b + k + TILE_WORDS + line * SIDE, 0, 3);
+            __builtin_prefetch(second_b + k + TILE_WORDS + line * SIDE, 0, 3);
+        }
         _tile_loadd(4, a + k, 4 * SIDE);
         _tile_loadd(6, b + k, 4 * SIDE);
         _tile_dpbf16ps(0, 4, 6);
@@ -167,6 +173,11 @@ typedef struct {
     int first, last;
 } tile_block;
 
+/* Sums of four tiles added to those that wait: so they are as exact as if few numbers had been summed up at a time. */
+TARGET_TILES INLINE void more_sums(const float *sums, const float *waiting, float *out) {
+    for (long i = 0; i < 4 * TILE_WORDS; i += SIDE) _mm512_storeu_ps(out + i, _mm512_loadu_ps(sums + i) + _mm512_loadu_ps(waiting + i));
+}
+
 /* Multiplied; meanwhile numbers of the `next` rows, unless null, are split: a processor does both at once. */
 TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const int pieces, const tile_block *t, const strips *next) {
     const int both = t->i + SIDE < t->bottom;
@@ -174,18 +185,11 @@ TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const int pieces, c
     const float *b = t->b, *second_a = t->a + (both ? strip : 0);
     for (long n = 0, c = t->j; n < pairs; n++, c += 2 * SIDE, b += 2 * strip) {
         const int more = c + SIDE < t->end;
-        float *waiting = t->waiting + 4 * n * TILE_WORDS, *done = t->last ? t->sums : waiting;
-        if (t->first) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        } else {
-            _tile_loadd(0, waiting, 4 * SIDE);
-            _tile_loadd(1, waiting + TILE_WORDS, 4 * SIDE);
-            _tile_loadd(2, waiting + 2 * TILE_WORDS, 4 * SIDE);
-            _tile_loadd(3, waiting + 3 * TILE_WORDS, 4 * SIDE);
-        }
+        float *waiting = t->waiting + 4 * n * TILE_WORDS, *done = t->first && !t->last ? waiting : t->sums;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         if (pieces > 1) {
             for (long k = 0; k < strip; k += PIECES * TILE_WORDS)
                 added_split_tiles(t->a + k, second_a + k, b + k, b + (more ? strip : 0) + k, &(waiting_lines){0});
@@ -196,6 +200,8 @@ TARGET_TILES INLINE void rows_of_tiles(const product_sum *p, const int pieces, c
         _tile_stored(1, done + TILE_WORDS, 4 * SIDE);
         _tile_stored(2, done + 2 * TILE_WORDS, 4 * SIDE);
         _tile_stored(3, done + 3 * TILE_WORDS, 4 * SIDE);
+        __asm__ volatile("" ::: "memory"); /* as in `whole_tiles` */
+        if (!t->first) more_sums(t->sums, waiting, t->last ? t->sums : waiting);
         for (int q = 0; t->last && q < 4; q++) {
             const long row = t->i + q / 2 * SIDE, column = c + q % 2 * SIDE;
             if ((q / 2 && !both) || (q % 2 && !more)) continue;
@@ -213,9 +219,11 @@ TARGET_TILES INLINE void tiles_multiplied(const product_sum *p, const int pieces
     for (long n = 0; n < p->count; n++) total += (p->terms[n].width + DEPTH - 1) / DEPTH;
     const long most = TILES_DEEP / pieces, blocks = (total + most - 1) / most;
     whole_tiles();
-    for (long top = from; top < to; top += ROWS_AT_ONCE)
+    const long parts = (to - from + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, pairs = (to - from + 2 * SIDE - 1) / (2 * SIDE);
+    const long high = (pairs + parts - 1) / parts * 2 * SIDE; /* rows at once, about as many each time */
+    for (long top = from; top < to; top += high)
         for (long j = left; j < right; j += TILES_ACROSS * SIDE) {
-            const long bottom = to - top < ROWS_AT_ONCE ? to : top + ROWS_AT_ONCE;
+            const long bottom = to - top < high ? to : top + high;
             const long end = right - j < TILES_ACROSS * SIDE ? right : j + TILES_ACROSS * SIDE;
             for (long n = 0; n < blocks; n++) {
                 const long start = total * n / blocks, deep = total * (n + 1) / blocks - start;

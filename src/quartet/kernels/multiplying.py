@@ -22,7 +22,7 @@ WITHIN = 288 * (96 + 1024 + 32)
 counted for the libraries, which multiply less where kernels do."""
 SMALLEST = 2**17
 """Multiplications below which a call of torch's product costs less, in float32."""
-WITHIN_TILES = 256 * (32 * 32 + 4 * 32 + 4 + 384 * 2)
+WITHIN_TILES = 256 * (24 * 36 + 4 * 36 + 4 + 512 // 16 * 24)
 """The same where tiles multiply (`TILES_WITHIN` in amx_products.h)."""
 NARROW = 64
 """Columns, or numbers that are summed up, to which a single product in bfloat16 is computed by tiles: larger ones are left to
