@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding_layers import DTYPES, made, weights
+from matrices import at_the_end
 from quartet import kernels
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler here")
@@ -35,6 +36,14 @@ def test_few_rows(generation: str, width: int, features: int, dtype: torch.dtype
         found = kernels.few_rows(states, kernels.Linear(weight, bias))
         assert found.dtype == dtype
         close(found, expected + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 15, 17, 33, 65])
+def test_nothing_beyond_the_weights_is_read(generation: str, features: int, dtype: torch.dtype) -> None:
+    states, weight = made(3, 96, dtype=dtype), made(features, 96, dtype=dtype)
+    with at_the_end(weight) as there:
+        close(kernels.few_rows(states, kernels.Linear(there)), states.double() @ weight.double().t(), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

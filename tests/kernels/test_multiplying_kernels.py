@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrices import ORDERS, exact, matrix, ordered, relative
+from matrices import ORDERS, at_the_end, exact, matrix, ordered, relative
 from quartet import kernels
 from quartet.kernels import Term, library, multiplying
 
@@ -34,7 +34,7 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
         (200, 40, 9),
         (40, 600, 16),
         (11, 290, 1100),
-        (400, 350, 560),
+        (1100, 900, 420),
     ],
 )
 def test_a_product(generation: str, shape: tuple[int, int, int], orders: tuple[str, str], threads: int) -> None:
@@ -93,7 +93,7 @@ def test_few_rows_that_lie_upright(generation: str, columns: int, rows: int, thr
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize(("width", "columns"), [(300, 16), (300, 300), (16, 40), (300, 48)])
+@pytest.mark.parametrize(("width", "columns"), [(300, 16), (300, 300), (16, 40), (300, 48), (1300, 300)])
 def test_a_row_is_bit_for_bit_what_it_is_alone(generation: str, width: int, columns: int, scale: float) -> None:
     """Beside any others, in any number of threads."""
     left, right = matrix(41, width), matrix(width, columns, seed=1)
@@ -165,6 +165,29 @@ def test_what_is_no_number_stays_in_its_row_and_column(generation: str, width: i
     assert not out[:, 44].isfinite().any()
     rest = out[~torch.isin(torch.arange(20), bad)][:, torch.arange(columns) != 44]
     assert rest.isfinite().all()
+
+
+def test_tiles_multiply_where_the_processor_has_them(generation: str) -> None:
+    """Seen by the one thing that only they do: an infinite number is split into pieces that are none."""
+    for width, by_tiles in ((96, library.has_tile_products()), (70, False)):  # few rows: multiples of 32 numbers
+        left = torch.ones(70, width)
+        left[3, 4] = torch.inf
+        out = torch.empty(70, 70)
+        assert kernels.multiply(out, Term(left, torch.ones(width, 70)))
+        assert bool(out[3].isnan().all()) == library.has_tile_products()
+        found = kernels.few_rows(left, kernels.Linear(torch.ones(32, width)))
+        assert bool(found[3].isnan().all()) == by_tiles
+
+
+@pytest.mark.parametrize("orders", [(left, right) for left in ORDERS[:2] for right in ORDERS[:2]], ids="-".join)
+@pytest.mark.parametrize("shape", [(97, 301, 71), (65, 64, 200), (3, 40, 1)])
+def test_nothing_beyond_a_matrix_is_read(generation: str, shape: tuple[int, int, int], orders: tuple[str, str]) -> None:
+    rows, width, columns = shape
+    left, right = matrix(rows, width, orders[0]), matrix(width, columns, orders[1], 1)
+    with at_the_end(left) as first, at_the_end(right) as second:
+        out = torch.empty(rows, columns)
+        assert kernels.multiply(out, Term(first, second))
+        assert relative(out, exact(Term(left, right))) < 1e-6
 
 
 def test_what_does_not_fit_is_left_to_torch(generation: str) -> None:

@@ -3,7 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { DEPTH = 32, PERMIT = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
+enum { DEPTH = 32, AHEAD = 4 * DEPTH /* numbers of a feature that are asked for before they are needed */, PERMIT = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
 
 /* Whether this process may use tiles: a question to the processor, and one to the system. */
 static int has_tiles(void) {
@@ -46,7 +46,6 @@ __attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const 
     whole_tiles();
     for (long n = from; n < to; n += 2 * SIDE) {
         const int more = n + SIDE < to;
-        const long ahead = to - n < 4 * SIDE ? to - n : 4 * SIDE; /* features that are asked for before they are needed */
         const bf16 *first = w + n * width, *second = more ? first + SIDE * width : first;
         for (long m = 0; m < rows; m += 2 * SIDE) {
             const int both = m + SIDE < rows;
@@ -57,7 +56,14 @@ __attribute__((target("amx-tile,amx-bf16"))) static void product_by_tiles(const 
             _tile_zero(2);
             _tile_zero(3);
             for (long k = 0; k < width; k += DEPTH) {
-                for (long i = 2 * SIDE; i < ahead; i++) __builtin_prefetch(first + i * width + k, 0, 3);
+                const long far = k + AHEAD < width ? k + AHEAD : k + AHEAD + (2 * SIDE - 1) * width;
+                if (!m) {
+#pragma GCC unroll 16
+                    for (long i = 0; i < SIDE; i++) {
+                        __builtin_prefetch(first + i * width + far, 0, 3);
+                        __builtin_prefetch(second + i * width + far, 0, 3);
+                    }
+                }
                 _tile_loadd(4, first + k, width * 2);
                 _tile_loadd(6, left + k * SIDE / 2, 4 * SIDE);
                 _tile_dpbf16ps(0, 4, 6);

@@ -230,7 +230,7 @@ class Decoding:
         first, side = layers[0], filled_up(layers[0].keys.shape[0])
         inputs = [group for one in layers for group in one.groups()]
         mixed, inner = step.heads * step.size, len(first.gate.weight)
-        step.scores_row = step.columns + SIDE
+        step.scores_row = filled_up(step.columns) + SIDE  # what follows lies at a whole cache line
         step.packed_row = room_of_rows(self.dtype, side, max(group[0].weight.shape[1] for group in inputs))
         sizes = {
             "states": side * step.hidden,

@@ -1,9 +1,6 @@
 /* Products of a few rows with float32 weights by tiles of AMX: `product_by_tiles` of numbers in pieces. */
 
-enum {
-    PART = 2, /* tiles of the width that are split at once, while tiles multiply the part before */
-    AHEAD = 8 * DEPTH, /* numbers of a feature that are asked for before they are needed */
-};
+enum { PART = 2 /* tiles of the width that are split at once, while tiles multiply the part before */ };
 
 /* Rows side by side, `[width][rows]`, in pieces: [rows / 16][width / 32] tiles of each. */
 TARGET_TILES static void split_rows(const float *x, long rows, long width, float *to) {
@@ -14,17 +11,18 @@ TARGET_TILES static void split_rows(const float *x, long rows, long width, float
 
 /* A tile of 16 features and, `more`, of the next, PART tiles later. */
 TARGET_TILES INLINE void split_weights(const float *w, long width, long k, int more, float *to) {
-    const long ahead = k + AHEAD < width ? AHEAD : AHEAD + (2 * SIDE - 1) * width;
+    const long ahead = k + 2 * AHEAD < width ? 2 * AHEAD : 2 * AHEAD + (2 * SIDE - 1) * width;
     split_tile(w + k, width, 1, SIDE, DEPTH, 1.0f, 0, ahead, to);
     if (more) split_tile(w + SIDE * width + k, width, 1, SIDE, DEPTH, 1.0f, 0, ahead, to + PART * PIECES * TILE_WORDS);
 }
 
 /* As `product`, where the width is a multiple of 32 and the number of features one of 16. */
 TARGET_TILES static void product_by_pieces(const float *packed, long rows, const float *w, long width, float *out, long from, long to) {
-    float room[2][2 * PART * PIECES * TILE_WORDS];
+    float room[2][2 * PART * PIECES * TILE_WORDS] __attribute__((aligned(LINE)));
     const long tiles = width / DEPTH, parts = (tiles + PART - 1) / PART, strip = tiles * PIECES * TILE_WORDS;
     const long all = (to - from + 2 * SIDE - 1) / (2 * SIDE) * parts;
     const int alone = rows <= 2 * SIDE; /* sums stay in their tiles */
+    if (from >= to) return;
     whole_tiles();
     for (long k = 0; k < PART && k < tiles; k++) split_weights(w + from * width, width, k * DEPTH, from + SIDE < to, room[0] + k * PIECES * TILE_WORDS);
     for (long n = 0; n < all; n++) { /* parts of two strips of features each */
@@ -52,9 +50,9 @@ TARGET_TILES static void product_by_pieces(const float *packed, long rows, const
             }
             for (long k = 0; k < PART; k++) {
                 const long place = k * PIECES * TILE_WORDS;
-                const float *from = w + next * width + (start + k) * DEPTH;
-                const long ahead = (start + k) * DEPTH + AHEAD < width ? AHEAD : AHEAD + (2 * SIDE - 1) * width;
-                const waiting_lines lines = {!m && k < coming ? from : 0, width, ahead, PART * PIECES * TILE_WORDS, b + place, next + SIDE < to};
+                const float *source = w + next * width + (start + k) * DEPTH;
+                const long ahead = (start + k) * DEPTH + 2 * AHEAD < width ? 2 * AHEAD : 2 * AHEAD + (2 * SIDE - 1) * width;
+                const waiting_lines lines = {!m && k < coming ? source : 0, width, ahead, PART * PIECES * TILE_WORDS, b + place, next + SIDE < to};
                 if (k < deep)
                     added_split_tiles(a + place, a + (more ? PART * PIECES * TILE_WORDS : 0) + place, x + place, x + (both ? strip : 0) + place, &lines);
                 else if (lines.from)

@@ -2,7 +2,8 @@
  *
  * Plain C: no header of torch or Python, so that one build serves every version of both. The functions that the library
  * exports take raw pointers, sizes and the number of threads; the Python files beside this one check tensors and call them.
- * Numbers are computed in float32 and rounded to the dtype of the output. NaN and infinities pass through.
+ * Numbers are computed in float32 and rounded to the dtype of the output. NaN and infinities pass through, but for
+ * infinities that tiles multiply in float32 (splitting.h): they become NaN.
  */
 #include <stdint.h>
 #include <math.h>

@@ -87,7 +87,7 @@ def has_wide_vectors() -> bool:
 
 
 def has_tile_products() -> bool:
-    """Whether the kernels multiply in bfloat16 by tiles of AMX: where processor and system have them."""
+    """Whether the kernels multiply by tiles of AMX: where processor and system have them."""
     library = _library()
     return library is not None and _has_tile_products(library)
 

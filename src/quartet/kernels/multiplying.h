@@ -33,7 +33,7 @@ static void by_tiles(const product_sum *p, void (*part)(const product_sum *, lon
 }
 
 /* Whether tiles multiply in float32: not narrow matrices, for which splitting takes longer than it saves. A row that is a token's is
- * computed the same way however many there are. */
+ * computed the same way however many there are, though all of B is split for a few. */
 static int in_pieces(const product_sum *p, long width) {
     const long narrowest = p->terms->a_step == 1 || p->columns < p->rows ? p->columns : p->rows;
     return can_multiply_by_tiles() && narrowest >= NARROW && width >= NARROW;

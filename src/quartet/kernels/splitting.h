@@ -1,7 +1,7 @@
 /* Numbers of float32 as tiles of AMX take them: each as the sum of three of bfloat16, x = x1 + x2 + x3, which is exact: its 24 digits,
  * eight at a time, rounded to the nearest. Of the nine products of two such sums six are computed; the other three are less than 2^-23
- * of the whole product, about what float32 rounds away (Henry, Tang and Heinecke, arXiv 1904.06376). Where a number is infinite its
- * sums are NaN, and pieces below 2^-126 count as 0. */
+ * of the whole product, about what float32 rounds away (Henry, Tang and Heinecke, arXiv 1904.06376). Where a number is infinite, or
+ * 2^128 - 2^119 and more, its sums are NaN, and pieces, products and sums below 2^-126 count as 0. */
 
 /* The pieces of two vectors, `apart` from one to the next: words of a pair of numbers, the first in the lower half. */
 TARGET_TILES INLINE void split_pairs(__m512 first, __m512 second, float *to, long apart) {
@@ -34,7 +34,7 @@ TARGET_TILES INLINE void turned_tile(const float *from, long step, long vectors,
  * numbers that are 16 apart. Zeros where there is nothing. Asks for what lies so many numbers `ahead`. */
 TARGET_TILES INLINE void split_tile(const float *from, long line, long step, long lines, long width, float scale, const int pairs, long ahead,
                                     float *to) {
-    float turned[2 * TILE_WORDS]; /* 16 numbers of each line, and 16 more, as rows hold them, if they do not lie in memory like that */
+    float turned[2 * TILE_WORDS] __attribute__((aligned(LINE))); /* 16 numbers of each line, and 16 more, as rows hold them, if they do not lie in memory like that */
     const int straight = pairs ? line == 1 : step == 1, across = !straight && (pairs ? step == 1 : line == 1);
     if (across && pairs) {
         turned_tile(from, line, lines, width, ahead, turned);
