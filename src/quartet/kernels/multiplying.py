@@ -61,9 +61,9 @@ def kernels_are_faster() -> bool:
     """Whether the library with which torch multiplies leaves much of this processor unused.
 
     That is MKL. On two cores of an AMD processor with AVX2 kernels took 0.5 to 1.0 of its time, at some narrow matrices up to
-    1.2; on two cores of an Intel one with AVX-512 about as long by vectors and less by tiles of AMX (benchmarks/products.py), and a
-    layer's kernels are one call.
-    On Intel's with AVX2 MKL was as fast or faster, and on others with AVX-512 oneDNN multiplies.
+    1.2; on two cores of an Intel one with AVX-512 about as long by vectors and less by tiles of AMX
+    (benchmarks/products.py), and a layer's kernels are one call. On Intel's with AVX2 MKL was as fast or faster, and on
+    others with AVX-512 oneDNN multiplies.
     """
     vectors = torch.backends.cpu.get_cpu_capability()
     measured = vectors.startswith("AVX512") if is_intel() else vectors == "AVX2"
