@@ -3,7 +3,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { DEPTH = 32, AHEAD = 4 * DEPTH /* numbers of a feature that are asked for before they are needed */, PERMIT = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
+enum {
+    DEPTH = 32,
+    AHEAD = 4 * DEPTH, /* numbers of a feature that are asked for before they are needed */
+    PERMIT = 0x1023,   /* ARCH_REQ_XCOMP_PERM */
+    TILE_DATA = 18,
+};
 
 /* Whether this process may use tiles: a question to the processor, and one to the system. */
 static int has_tiles(void) {

@@ -9,11 +9,11 @@ TARGET_TILES static void split_rows(const float *x, long rows, long width, float
             split_tile(x + k * rows + m, 1, rows, SIDE, DEPTH, 1.0f, 1, DEPTH * rows, to);
 }
 
-/* A tile of 16 features and, `more`, of the next, PART tiles later. */
-TARGET_TILES INLINE void split_weights(const float *w, long width, long k, int more, float *to) {
+/* Numbers `k` and more of 16 features from `n` on and of the next, if there are any: their tiles of pieces are PART apart. None where
+ * nothing is `wanted`. */
+TARGET_TILES INLINE waiting_lines lines_of(int wanted, const float *w, long width, long n, long to, long k, float *pieces) {
     const long ahead = k + 2 * AHEAD < width ? 2 * AHEAD : 2 * AHEAD + (2 * SIDE - 1) * width;
-    split_tile(w + k, width, 1, SIDE, DEPTH, 1.0f, 0, ahead, to);
-    if (more) split_tile(w + SIDE * width + k, width, 1, SIDE, DEPTH, 1.0f, 0, ahead, to + PART * PIECES * TILE_WORDS);
+    return (waiting_lines){wanted ? w + n * width + k : 0, width, ahead, PART * PIECES * TILE_WORDS, pieces, n + SIDE < to};
 }
 
 /* As `product`, where the width is a multiple of 32 and the number of features one of 16. */
@@ -24,7 +24,10 @@ TARGET_TILES static void product_by_pieces(const float *packed, long rows, const
     const int alone = rows <= 2 * SIDE; /* sums stay in their tiles */
     if (from >= to) return;
     whole_tiles();
-    for (long k = 0; k < PART && k < tiles; k++) split_weights(w + from * width, width, k * DEPTH, from + SIDE < to, room[0] + k * PIECES * TILE_WORDS);
+    for (long k = 0; k < PART && k < tiles; k++) {
+        const waiting_lines lines = lines_of(1, w, width, from, to, k * DEPTH, room[0] + k * PIECES * TILE_WORDS);
+        split_lines(&lines);
+    }
     for (long n = 0; n < all; n++) { /* parts of two strips of features each */
         const long own = from + n / parts * 2 * SIDE, next = from + (n + 1) / parts * 2 * SIDE;
         const long begin = n % parts * PART, deep = tiles - begin < PART ? tiles - begin : PART;
@@ -50,13 +53,11 @@ TARGET_TILES static void product_by_pieces(const float *packed, long rows, const
             }
             for (long k = 0; k < PART; k++) {
                 const long place = k * PIECES * TILE_WORDS;
-                const float *source = w + next * width + (start + k) * DEPTH;
-                const long ahead = (start + k) * DEPTH + 2 * AHEAD < width ? 2 * AHEAD : 2 * AHEAD + (2 * SIDE - 1) * width;
-                const waiting_lines lines = {!m && k < coming ? source : 0, width, ahead, PART * PIECES * TILE_WORDS, b + place, next + SIDE < to};
+                const waiting_lines lines = lines_of(!m && k < coming, w, width, next, to, (start + k) * DEPTH, b + place);
                 if (k < deep)
                     added_split_tiles(a + place, a + (more ? PART * PIECES * TILE_WORDS : 0) + place, x + place, x + (both ? strip : 0) + place, &lines);
-                else if (lines.from)
-                    split_weights(w + next * width, width, (start + k) * DEPTH, next + SIDE < to, b + place);
+                else
+                    split_lines(&lines);
             }
             if (alone && begin + deep < tiles) continue;
             _tile_stored(0, o, 4 * rows);

@@ -34,7 +34,8 @@ TARGET_TILES INLINE void turned_tile(const float *from, long step, long vectors,
  * numbers that are 16 apart. Zeros where there is nothing. Asks for what lies so many numbers `ahead`. */
 TARGET_TILES INLINE void split_tile(const float *from, long line, long step, long lines, long width, float scale, const int pairs, long ahead,
                                     float *to) {
-    float turned[2 * TILE_WORDS] __attribute__((aligned(LINE))); /* 16 numbers of each line, and 16 more, as rows hold them, if they do not lie in memory like that */
+    /* 16 numbers of each line, and 16 more, as rows hold them, if they do not lie in memory like that. */
+    float turned[2 * TILE_WORDS] __attribute__((aligned(LINE)));
     const int straight = pairs ? line == 1 : step == 1, across = !straight && (pairs ? step == 1 : line == 1);
     if (across && pairs) {
         turned_tile(from, line, lines, width, ahead, turned);
@@ -88,19 +89,6 @@ TARGET_TILES static __attribute__((noinline)) void split_nth(const strips *s, co
                DEPTH * step, s->to + (n % 2 * s->tiles + n / 2) * PIECES * TILE_WORDS);
 }
 
-#define EACH_WITH_EACH          \
-    do {                        \
-        _tile_dpbf16ps(0, 4, 6); \
-        _tile_dpbf16ps(1, 4, 7); \
-        _tile_dpbf16ps(2, 5, 6); \
-        _tile_dpbf16ps(3, 5, 7); \
-    } while (0)
-#define LOADED(one, two, first, second, piece)                      \
-    do {                                                            \
-        _tile_loadd(one, first + (piece)*TILE_WORDS, 4 * SIDE);  \
-        _tile_loadd(two, second + (piece)*TILE_WORDS, 4 * SIDE); \
-    } while (0)
-
 /* Rows of two tiles of lines whose numbers lie side by side, to be split while tiles multiply others: null for none. */
 typedef struct {
     const float *from;
@@ -122,6 +110,12 @@ TARGET_TILES INLINE void split_sixth(const waiting_lines *w, const int sixth) {
     }
 }
 
+/* All of them. */
+TARGET_TILES INLINE void split_lines(const waiting_lines *w) {
+#pragma GCC unroll 6
+    for (int sixth = 0; sixth < 6; sixth++) split_sixth(w, sixth);
+}
+
 /* Asks for a sixth of the tiles that follow these. */
 INLINE void sixth_after(const float *b, const float *second_b, const int sixth) {
 #pragma GCC unroll 8
@@ -131,33 +125,37 @@ INLINE void sixth_after(const float *b, const float *second_b, const int sixth) 
     }
 }
 
-/* As `added_tiles` in amx_products.h, of split numbers. A processor multiplies tiles while it splits other numbers, if both come by turns. */
+#define LOADED(one, two, first, second, piece)                    \
+    do {                                                          \
+        _tile_loadd(one, first + (piece)*TILE_WORDS, 4 * SIDE);   \
+        _tile_loadd(two, second + (piece)*TILE_WORDS, 4 * SIDE);  \
+    } while (0)
+/* Each with each, and a sixth of what a processor does meanwhile, if both come by turns. */
+#define MULTIPLIED(sixth)               \
+    do {                                \
+        _tile_dpbf16ps(0, 4, 6);        \
+        _tile_dpbf16ps(1, 4, 7);        \
+        _tile_dpbf16ps(2, 5, 6);        \
+        _tile_dpbf16ps(3, 5, 7);        \
+        sixth_after(b, second_b, sixth); \
+        split_sixth(w, sixth);          \
+    } while (0)
+
+/* As `added_tiles` in amx_products.h, of split numbers; others are split meanwhile. */
 TARGET_TILES INLINE void added_split_tiles(const float *a, const float *second_a, const float *b, const float *second_b, const waiting_lines *w) {
     LOADED(4, 5, a, second_a, 2);
     LOADED(6, 7, b, second_b, 0);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 0);
-    split_sixth(w, 0);
+    MULTIPLIED(0);
     LOADED(4, 5, a, second_a, 1);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 1);
-    split_sixth(w, 1);
+    MULTIPLIED(1);
     LOADED(6, 7, b, second_b, 1);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 2);
-    split_sixth(w, 2);
+    MULTIPLIED(2);
     LOADED(4, 5, a, second_a, 0);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 3);
-    split_sixth(w, 3);
+    MULTIPLIED(3);
     LOADED(6, 7, b, second_b, 2);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 4);
-    split_sixth(w, 4);
+    MULTIPLIED(4);
     LOADED(6, 7, b, second_b, 0);
-    EACH_WITH_EACH;
-    sixth_after(b, second_b, 5);
-    split_sixth(w, 5);
+    MULTIPLIED(5);
 }
-#undef EACH_WITH_EACH
+#undef MULTIPLIED
 #undef LOADED

@@ -8,8 +8,8 @@ typedef struct {
 } term;
 
 /* out, `[rows][columns]` with `out_row` numbers from one row to the next, is overwritten by the sum of the terms and, unless null, of
- * a bias for each column; or they are added to what is there. `room`: WITHIN numbers for each thread, or TILES_WITHIN (amx_products.h) where there are
- * tiles. `wide`: the result is float32. */
+ * a bias for each column; or they are added to what is there. `room`: WITHIN numbers for each thread, or TILES_WITHIN
+ * (amx_products.h) where there are tiles. `wide`: the result is float32. */
 typedef struct {
     long rows, columns, out_row, add, wide, count, threads;
     float *out, *room;
